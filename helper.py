@@ -1,0 +1,666 @@
+"""Everything around the network: download, data, inference, scores, the run folder.
+
+Images are RGB uint8 (H, W, 3); labels are uint8 ids (H, W): 0 background, 1 road,
+255 void. Only this module touches the disk.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import shutil
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import requests  # comes with tensorflow
+import tensorflow as tf
+import urllib3  # comes with requests
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing keeps two programs off one file
+    fcntl = None
+
+VOID = 255
+WEIGHTS = "best.weights.h5"  # of a run folder
+VGG_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels.h5"
+VGG_URLS = (
+    f"https://storage.googleapis.com/tensorflow/keras-applications/vgg16/{VGG_FILE}",
+    f"https://github.com/fchollet/deep-learning-models/releases/download/v0.1/{VGG_FILE}",
+)
+VGG_SIZE = 553_467_096  # bytes
+VGG_MD5 = "64373286793e3c8b2b4e3219cbf3544b"  # the sum that Keras itself pins
+KITTI_URLS = (
+    "https://s3.eu-central-1.amazonaws.com/avg-kitti/data_road.zip",
+    "https://s3-us-west-1.amazonaws.com/udacity-selfdrivingcar/advanced_deep_learning/data_road.zip",
+)
+KITTI_COUNTS = (289, 289, 290)  # training images, road labels, test images
+CONNECT_TIMEOUT = 1.5  # seconds for one address, of which a host may have eight
+READ_TIMEOUT = 30  # seconds without a byte
+PAUSES = (1, 2, 4, 8, 16)  # seconds between tries that gain nothing
+BAR = {"unit_scale": True, "disable": None}  # of tqdm: none where there is no terminal
+
+
+class ProgramError(Exception):
+    """What the user can mend: the program prints it as one line and exits with 1."""
+
+
+# ---------------------------------------------------------------------- download
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Keep other programs off `path`; the system frees the lock with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{path}: another program is fetching it, waiting for that one")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def need_space(folder, size, what):
+    """Raise ProgramError unless `folder`'s disk has `size` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ProgramError(
+            f"{folder}: {what} takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB "
+            "are free: make room, or choose another folder"
+        )
+
+
+def _length(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def _receive(url, part, size):
+    """Ask `url` once for what `part` still lacks, and append to it what comes."""
+    have = _length(part)
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
+    with requests.get(url, headers=headers, timeout=timeout, stream=True) as response:
+        response.raise_for_status()
+        if response.status_code != 206:  # Range ignored: from the start
+            have = 0
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise requests.RequestException("other bytes than those asked for")
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdigit() else None
+        if size and total and total != size:
+            raise ProgramError(f"{total:,} bytes long there, not {size:,}")
+        need_space(part.parent, (total or size or 0) - have, part.stem)
+        bar = tqdm(desc=part.stem, total=total, initial=have, unit="B", **BAR)
+        with open(part, "ab" if have else "wb") as file, bar:
+            while chunk := response.raw.read1(1 << 20):  # what is there: a cut
+                file.write(chunk)  # loses nothing
+                bar.update(len(chunk))
+
+
+def _fetch(url, part, size):
+    """Fill `part` from `url`, in as many requests as it takes."""
+    connected, failures, reached = False, 0, _length(part)
+    while True:
+        try:
+            return _receive(url, part, size)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            response = getattr(error, "response", None)
+            status = 0 if response is None else response.status_code
+            if status == 416:  # all of it is here, or more than there is
+                part.unlink(missing_ok=True)
+            gained = _length(part) > reached  # further than ever: no endless circle
+            reached = max(reached, _length(part))
+            failures = 0 if gained else failures + 1
+            connected = connected or not isinstance(error, requests.ConnectionError)
+            hopeless = 400 <= status < 500 and status not in (408, 416, 429)
+            if hopeless or failures > (len(PAUSES) if connected else 1):
+                cause = error.args[0] if error.args else error
+                cause = str(getattr(cause, "reason", cause))
+                raise ProgramError(cause.rpartition(">: ")[2]) from error
+            time.sleep(PAUSES[max(failures - 1, 0)])
+
+
+def download(urls, path, size=None, md5=None):
+    """Fetch `path` from the first of `urls` that delivers it, unless it is there.
+
+    Bytes go to `path` + ".part", which a later call resumes, and become `path` once
+    their number and sum are those of `size` (bytes) and `md5`, where given. Raises
+    ProgramError with every URL and its reason.
+    """
+    if path.exists():
+        return
+    part = path.with_name(path.name + ".part")
+    reasons = []
+    with locked(path):
+        for url in () if path.exists() else urls:
+            print(f"downloading {url}")
+            try:
+                if not size or _length(part) != size:
+                    _fetch(url, part, size)
+                with open(part, "rb") as file:
+                    received = hashlib.file_digest(file, "md5").hexdigest()
+                if _length(part) == (size or _length(part)) and received == (
+                    md5 or received
+                ):
+                    return os.replace(part, path)
+                reasons.append(
+                    f"{url}: a wrong file, removed: {_length(part):,} bytes with md5 "
+                    f"{received}, not {size:,} with {md5}"
+                )
+                part.unlink()
+            except ProgramError as error:
+                reasons.append(f"{url}: {error}")
+    if reasons:
+        raise ProgramError(
+            f"{path} could not be downloaded ({'; '.join(reasons)}): put the file "
+            "there by hand, or try the program without it: python main.py --demo"
+        )
+
+
+def maybe_download_pretrained_vgg(data_dir):
+    """Return the path of VGG-16's ImageNet weights, downloaded if missing."""
+    path = data_dir / VGG_FILE
+    download(VGG_URLS, path, VGG_SIZE, VGG_MD5)
+    return path
+
+
+def maybe_download_kitti_road(data_dir):
+    """Make sure that `data_dir`/data_road holds KITTI Road, downloaded if missing."""
+    folder, archive = data_dir / "data_road", data_dir / "data_road.zip"
+    if not folder.exists():
+        print("KITTI Road: CC BY-NC-SA 3.0, for non-commercial use; cvlibs.net")
+        with locked(folder):
+            if not folder.exists():
+                download(KITTI_URLS, archive)
+                _unpack(archive, folder)
+    counts = tuple(
+        len(list((folder / pattern).parent.glob(Path(pattern).name)))
+        for pattern in (
+            "training/image_2/[!.]*.png",
+            "training/gt_image_2/*_road_*.png",
+            "testing/image_2/[!.]*.png",
+        )
+    )
+    if counts != KITTI_COUNTS:
+        print(
+            "{}: {} training images, {} road labels, {} test images ".format(
+                folder, *counts
+            )
+            + "(the full set has {}, {} and {})".format(*KITTI_COUNTS)
+        )
+
+
+def _unpack(archive, folder):
+    """Unpack `archive` beside `folder`, rename its data_road to `folder`, remove it."""
+    beside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as content:
+            unpacked = sum(entry.file_size for entry in content.infolist())
+            need_space(archive.parent, unpacked, f"unpacking {archive.name}")
+            for entry in tqdm(content.infolist(), desc="unpacking", disable=None):
+                content.extract(entry, beside)  # checks the CRC, stays inside
+        if not (beside / "data_road" / "training" / "image_2").is_dir():
+            raise zipfile.BadZipFile("no data_road/training/image_2 in it")
+        os.replace(beside / "data_road", folder)
+    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError) as error:
+        archive.unlink()
+        raise ProgramError(
+            f"{archive} was damaged ({error}) and is removed: start the program "
+            f"again to download it, or unpack KITTI Road into {folder} by hand"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    archive.unlink()
+
+
+# -------------------------------------------------------------------------- data
+
+
+def read_image(path):
+    """Return the image at `path` as RGB uint8 (H, W, 3), whatever its colour mode."""
+    try:
+        return iio.imread(path, plugin="pillow", mode="RGB")
+    except Exception as error:  # decoders raise what they like
+        reason = str(error).partition("\n")[0]
+        raise ProgramError(
+            f"{path}: not a readable image ({reason}): replace or remove it"
+        ) from error
+
+
+def read_label(path):
+    """Return the ids (H, W) uint8 of a KITTI ground truth image.
+
+    The benchmark's meaning: red is validity, blue is road. Blue without red is road
+    outside the valid area, hence void.
+    """
+    red, _, blue = np.moveaxis(read_image(path), -1, 0)
+    return np.where(red > 0, blue > 0, VOID).astype(np.uint8)
+
+
+def resize_image(images, image_shape):
+    """Resize uint8 images (..., H, W, 3) to `image_shape`, uint8 again."""
+    x = tf.image.resize(images, image_shape, antialias=True)
+    return tf.saturate_cast(tf.round(x), tf.uint8)
+
+
+def resize_label(label, image_shape):
+    """Resize ids (H, W) to `image_shape` by nearest neighbour: ids do not blend."""
+    return tf.image.resize(label[..., None], image_shape, method="nearest")[..., 0]
+
+
+def category(path):
+    """Return the category of a KITTI file: "um_000000.png" -> "um"."""
+    return path.stem.rpartition("_")[0]
+
+
+def find_images(data_dir):
+    """Return the training images as (image path, label path), and the test images.
+
+    Both in name order. Raises ProgramError without training images or for one without
+    label.
+    """
+    folder = data_dir / "data_road" / "training"
+    samples = []
+    for image in sorted((folder / "image_2").glob("[!.]*.png")):
+        number = image.stem.removeprefix(category(image))  # "_000000"
+        label = folder / "gt_image_2" / f"{category(image)}_road{number}.png"
+        if not label.exists():
+            lane = label.with_name(f"{category(image)}_lane{number}.png")
+            other = f" ({lane.name} is another task)" if lane.exists() else ""
+            raise ProgramError(f"{image} has no label {label}{other}: add the label")
+        samples.append((image, label))
+    if not samples:
+        raise ProgramError(
+            f"no images in {folder / 'image_2'}: unpack data_road.zip into {data_dir}, "
+            f"or remove {data_dir / 'data_road'} and let the program download it"
+        )
+    return samples, sorted((folder.parent / "testing" / "image_2").glob("[!.]*.png"))
+
+
+def split_holdout(samples, fraction):
+    """Return (training, hold-out): the last `fraction` of each category in name order.
+
+    With 1/6 of the full set these are the 48 images of KittiSeg's val3 list; and
+    neighbouring frames, nearly equal, stay on one side.
+    """
+    training, holdout = [], []
+    for _, group in itertools.groupby(samples, key=lambda sample: category(sample[0])):
+        group = list(group)
+        cut = len(group) - round(len(group) * fraction)
+        training += group[:cut]
+        holdout += group[cut:]
+    return training, holdout
+
+
+def batch_rows(step, count, batch_size, seed):
+    """Return the rows (B,) that make up training step `step`: a function of the step.
+
+    Every epoch goes through its own permutation of the `count` samples and drops the
+    incomplete batch at its end.
+    """
+    steps_per_epoch = count // batch_size
+    order = tf.random.experimental.stateless_shuffle(
+        tf.range(count), seed=[seed, step // steps_per_epoch]
+    )
+    return order[step % steps_per_epoch * batch_size :][:batch_size]
+
+
+def batch_names(samples, batch_size, seed, step):
+    """Return the names of the images in training step `step`."""
+    rows = batch_rows(step, len(samples), batch_size, seed)
+    return [samples[row][0].name for row in rows]
+
+
+def augment(images, labels, seed):
+    """Flip half of the images, with their labels, and jitter contrast and brightness.
+
+    Images (B, H, W, 3) uint8, labels (B, H, W) uint8; `seed` is a pair of integers.
+    """
+    flip, contrast, brightness = tf.unstack(
+        tf.random.stateless_uniform((3, tf.shape(images)[0], 1, 1, 1), seed)
+    )
+    both = tf.concat([images, labels[..., None]], axis=-1)  # flipped as one
+    both = tf.where(flip < 0.5, both[:, :, ::-1], both)
+    x, labels = tf.cast(both[..., :3], tf.float32), both[..., 3]
+    mean = tf.reduce_mean(x, (1, 2, 3), keepdims=True)
+    x = (x - mean) * (0.8 + 0.4 * contrast) + mean + 50 * (brightness - 0.5)
+    return tf.saturate_cast(tf.round(x), tf.uint8), labels
+
+
+def gen_batch_function(samples, image_shape, seed=0):
+    """Decode and resize `samples` once; return get_batches_fn over them.
+
+    get_batches_fn(batch_size, steps) is a tf.data.Dataset of images (B, H, W, 3)
+    uint8, labels (B, H, W) uint8 and weights (B,) float32: a valid pixel's share of
+    the batch's loss. With `steps`, a range, it gives those training steps, shuffled
+    and augmented; without, every sample once, as it is, in order.
+    """
+    images = np.empty((len(samples), *image_shape, 3), np.uint8)
+    labels = np.empty((len(samples), *image_shape), np.uint8)
+
+    def decode(row):
+        image, label = read_image(samples[row][0]), read_label(samples[row][1])
+        if image.shape[:2] != label.shape:
+            raise ProgramError(
+                f"{samples[row][1]} is {label.shape[1]}x{label.shape[0]}, its image "
+                f"{image.shape[1]}x{image.shape[0]}: replace the label"
+            )
+        images[row] = resize_image(image, image_shape)
+        labels[row] = resize_label(label, image_shape)
+
+    rows = range(len(samples))
+    with tf.device("CPU"), ThreadPoolExecutor() as pool:
+        done = pool.map(decode, rows)
+        for _ in tqdm(done, "decoding", len(rows), unit="image", disable=None):
+            pass
+        images, labels = tf.constant(images), tf.constant(labels)
+
+    def get_batches_fn(batch_size, steps=None):
+        def batch(rows):
+            return tf.gather(images, rows), tf.gather(labels, rows)
+
+        def training_batch(step):
+            rows = batch_rows(step, len(samples), batch_size, seed)
+            return augment(*batch(rows), [seed, step])
+
+        def weigh(images, labels):
+            valid = tf.math.count_nonzero(labels != VOID, dtype=tf.float32)
+            weight = tf.math.divide_no_nan(1.0, valid)
+            return images, labels, tf.repeat(weight, tf.shape(labels)[0])
+
+        if steps is None:
+            dataset = tf.data.Dataset.range(len(samples)).batch(batch_size).map(batch)
+        else:
+            dataset = tf.data.Dataset.range(steps.start, steps.stop)
+            dataset = dataset.map(training_batch, tf.data.AUTOTUNE)
+        return dataset.map(weigh).prefetch(tf.data.AUTOTUNE)
+
+    return get_batches_fn
+
+
+# A level camera 1.65 m above the road, with the focal length and centre of KITTI's:
+# road coordinates (x right, z ahead, metres) -> u = f x/z + cx, v = f 1.65/z + cy.
+DRAWN_CALIBRATION = """\
+P2: 721.5377 0 609.5593 0 0 721.5377 172.854 0 0 0 1 0
+R0_rect: 1 0 0 0 1 0 0 0 1
+Tr_cam_to_road: 1 0 0 0 0 1 0 -1.65 0 0 1 0
+"""
+DRAWN_SIZES = (1242, 375), (1226, 370), (1241, 376)  # (W, H) in pixels
+
+
+def draw_scene(kind, rng):
+    """Return an image, its road label and its lane label, as PIL images.
+
+    A road of its kind (um marked, umm of several lanes, uu unmarked) bends away over
+    grass; the paved strip beside it is void, and so is its far end.
+    """
+    size = DRAWN_SIZES[rng.integers(len(DRAWN_SIZES))]
+    start, heading, bend = rng.uniform((-1, -0.04, -0.003), (1, 0.04, 0.003))
+    lanes = {"um": 2, "umm": rng.integers(3, 5), "uu": 1}[kind]
+    half = lanes * rng.uniform(1.6, 1.9) if kind != "uu" else rng.uniform(2.2, 3.2)
+    z = np.geomspace(5.5, 70, 40)
+    centre = start + heading * z + bend * z**2
+
+    def strip(left, right, near=0, far=70):
+        """Outline (pixels) of what lies `left` to `right` metres off the centre."""
+        rows = (z >= near) & (z <= far)
+        x = np.concatenate([(centre + left)[rows], (centre + right)[rows][::-1]])
+        ahead = np.concatenate([z[rows], z[rows][::-1]])
+        u, v = 721.5377 * x / ahead + 609.5593, 721.5377 * 1.65 / ahead + 172.854
+        return list(zip(u.tolist(), v.tolist()))
+
+    def colour(low, high, grey=False):
+        value = rng.integers(low, high, 3)
+        return tuple(int(c) for c in (value[:1].repeat(3) if grey else value))
+
+    image = Image.new("RGB", size, colour((150, 170, 200), (220, 230, 255)))
+    road = Image.new("RGB", size, (255, 0, 0))
+    lane = road.copy()
+    draw, draw_road = ImageDraw.Draw(image), ImageDraw.Draw(road)
+    draw.rectangle((0, 178, *size), colour((50, 80, 20), (110, 140, 60)))
+    for left in range(-100, size[0], 90):  # houses and trees along the horizon
+        top, width = rng.integers(60, 170), rng.integers(40, 130)
+        draw.rectangle((left, top, left + width, 182), colour(90, 160))
+    asphalt = rng.integers(80, 130)
+    side = half + rng.uniform(1, 3)
+    draw.polygon(strip(half, side), (int(asphalt + rng.integers(25, 60)),) * 3)
+    draw.polygon(strip(-half, half), (int(asphalt),) * 3)
+    draw_road.polygon(strip(half, side), (0, 0, 0))
+    draw_road.polygon(strip(-half, half), (255, 0, 255))
+    draw_road.polygon(strip(-half, half, near=55), (0, 0, 255))
+    for line in range(lanes + 1) if kind != "uu" else ():
+        offset = half * (2 * line / lanes - 1)
+        outer = line in (0, lanes)
+        offset -= np.sign(offset) * 0.15 * outer
+        for near in (0,) if outer else range(6, 60, 9):
+            far = 70 if outer else near + 5
+            mark = strip(offset - 0.08, offset + 0.08, near, far)
+            if len(mark) > 2:
+                draw.polygon(mark, colour(200, 250, grey=True))
+    ImageDraw.Draw(lane).polygon(strip(0, 2 * half / lanes), (255, 0, 255))
+    noise = rng.normal(0, 7, (size[1], size[0], 1))
+    pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels), road, lane
+
+
+def maybe_draw_kitti_road(data_dir, training=60, testing=6):
+    """Draw a small data set in KITTI Road's layout into `data_dir`/data_road."""
+    folder = data_dir / "data_road"
+    if folder.exists():
+        return
+    beside = data_dir / ".data_road.part"
+
+    def draw(task):
+        split, kind, number = task
+        rng = np.random.default_rng((split == "testing", *kind.encode(), number))
+        image, road, lane = draw_scene(kind, rng)
+        to, name = beside / split, f"{kind}_{number:06}"
+        image.save(to / "image_2" / f"{name}.png", compress_level=1)
+        (to / "calib" / f"{name}.txt").write_text(DRAWN_CALIBRATION)
+        if split == "training":
+            road.save(to / "gt_image_2" / f"{kind}_road_{number:06}.png")
+            if kind == "um":
+                lane.save(to / "gt_image_2" / f"um_lane_{number:06}.png")
+
+    with locked(folder):
+        if folder.exists():
+            return
+        shutil.rmtree(beside, ignore_errors=True)
+        for split, name in itertools.product(
+            ("training", "testing"), ("image_2", "gt_image_2", "calib")
+        ):
+            (beside / split / name).mkdir(parents=True)
+        tasks = [
+            (split, kind, number)
+            for split, count in (("training", training), ("testing", testing))
+            for kind in ("um", "umm", "uu")
+            for number in range(count // 3)
+        ]
+        with ThreadPoolExecutor() as pool:
+            done = pool.map(draw, tasks)
+            for _ in tqdm(done, "drawing", len(tasks), unit="image", disable=None):
+                pass
+        (beside / "testing" / "gt_image_2").rmdir()
+        os.replace(beside, folder)
+
+
+# --------------------------------------------------------------------- inference
+
+
+@tf.function(reduce_retracing=True)
+def predict_road(model, images, image_shape):
+    """Return the road probability (B, H, W) float32 of images (B, H, W, 3) uint8.
+
+    The network sees them at `image_shape`; H and W are free.
+    """
+    x = resize_image(images, image_shape)
+    road = tf.nn.softmax(model(x, training=False))[..., 1:]
+    size = tf.shape(images)[1:3]
+    return tf.image.resize(road, size, antialias=True)[..., 0]
+
+
+def overlay(image, road):
+    """Tint uint8 `image` (H, W, 3) green where the probability `road` is 0.5 or more."""
+    green = (image.astype(np.uint16) + (0, 255, 0)) // 2
+    return np.where(road[..., None] >= 0.5, green, image).astype(np.uint8)
+
+
+def gen_test_output(model, image_paths, image_shape, batch_size):
+    """Yield (path, image (H, W, 3) uint8, road probability (H, W) float32)."""
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(image_paths), batch_size):
+            paths = image_paths[start : start + batch_size]
+            pairs = zip(paths, pool.map(read_image, paths))
+            for _, group in itertools.groupby(pairs, key=lambda pair: pair[1].shape):
+                paths, images = zip(*group)
+                road = predict_road(model, np.stack(images), image_shape)
+                yield from zip(paths, images, road.numpy())
+
+
+def save_inference_samples(run_dir, model, image_paths, image_shape, batch_size):
+    """Write the overlays of all `image_paths` into `run_dir`: all of them, or none."""
+    beside = run_dir / ".overlays.part"
+    beside.mkdir()
+
+    def save(sample):
+        path, image, road = sample
+        iio.imwrite(beside / path.name, overlay(image, road), compress_level=3)
+
+    try:
+        with ThreadPoolExecutor() as pool:
+            samples = gen_test_output(model, image_paths, image_shape, batch_size)
+            bar = tqdm(total=len(image_paths), unit="image", disable=None)
+            while group := list(itertools.islice(samples, batch_size)):
+                bar.update(sum(1 for _ in pool.map(save, group)))
+            bar.close()
+        for path in beside.iterdir():
+            os.replace(path, run_dir / path.name)
+    finally:
+        shutil.rmtree(beside)
+
+
+# ------------------------------------------------------------------------ scores
+
+
+def confidence_histogram(road, labels):
+    """Count the valid pixels by class and 8-bit confidence, (2, 256) float32.
+
+    Road probabilities and labels of one shape; every score derives from this.
+    """
+    confidence = tf.cast(tf.round(road * 255), tf.int32)
+    bins = tf.cast(labels, tf.int32) * 256 + confidence
+    bins = tf.where(labels == VOID, -1, bins)  # negative segments are left out
+    counts = tf.math.unsorted_segment_sum(tf.ones_like(road), bins, 512)
+    return tf.reshape(counts, (2, 256))
+
+
+def scores(histogram):
+    """Return KITTI Road's pixel measures in percent, from a confidence histogram.
+
+    Fritsch et al., "A New Performance Measure and Evaluation Benchmark for Road
+    Detection Algorithms", ITSC 2013: road is confidence >= k/255 for 256 thresholds
+    k; MaxF is the largest F1, PRE, REC, FPR and FNR are those of its `threshold`; AP
+    is the mean, over recall 0, 0.1 ... 1, of the largest precision at that recall or
+    more. IoU is that of `threshold`, IoU50 and accuracy are those of 0.5.
+    """
+    histogram = np.asarray(histogram, np.float64)
+    # row k: pixels of either class with confidence k/255 or more
+    fp, tp = np.cumsum(histogram[:, ::-1], axis=1)[:, ::-1]
+    negatives, positives = histogram.sum(axis=1)
+    tiny = 1e-10
+    precision, recall = tp / (tp + fp + tiny), tp / max(positives, 1)
+    f1 = 2 * precision * recall / (precision + recall + tiny)
+    iou = tp / (positives + fp + tiny)
+    best, half = int(np.argmax(f1)), 128
+    levels = [precision[recall >= k / 10] for k in range(11)]
+    measures = {
+        "MaxF": f1[best],
+        "AP": np.mean([level.max(initial=0) for level in levels]),
+        "PRE": precision[best],
+        "REC": recall[best],
+        "FPR": fp[best] / max(negatives, 1),
+        "FNR": 1 - recall[best],
+        "threshold": best / 255,
+        "IoU": iou[best],
+        "IoU50": iou[half],
+        "accuracy": (tp[half] + negatives - fp[half]) / max(histogram.sum(), 1),
+    }
+    return {name: 100 * float(value) for name, value in measures.items()}
+
+
+# -------------------------------------------------------------------- run folder
+
+
+@contextlib.contextmanager
+def run_folder(runs_dir, size, facts):
+    """Make a folder for a run of `size` bytes; yield its path and what run.json holds.
+
+    It is named for the second, with a suffix if that is taken. `finished` is written
+    only once the caller is through; if it fails before there are weights to show, the
+    folder goes again. `facts` are the run's settings, device and data.
+    """
+    name = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        run_dir = runs_dir / (name + suffix)
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            break
+    packages = ("tensorflow", "keras", "numpy", "imageio", "pillow")
+    record = {
+        "finished": False,
+        **facts,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "resumed": [],
+        "history": [],
+        "best_epoch": None,
+        "scores": {},
+    }
+    try:
+        need_space(run_dir, size, "a run")
+        write_run(run_dir, record)
+        yield run_dir, record
+        write_run(run_dir, record | {"finished": True})
+    finally:
+        if not (run_dir / WEIGHTS).exists():
+            shutil.rmtree(run_dir)
+
+
+def write_run(run_dir, run):
+    """Write `run` as run.json: beside, then renamed."""
+    beside = run_dir / ".run.json.part"
+    beside.write_text(json.dumps(run, indent=1, allow_nan=False, default=str) + "\n")
+    os.replace(beside, run_dir / "run.json")
+
+
+def write_weights(run_dir, model):
+    """Write the model's weights: beside, then renamed."""
+    beside = run_dir / f".part.{WEIGHTS}"
+    try:
+        model.save_weights(beside)
+        os.replace(beside, run_dir / WEIGHTS)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_epoch(run_dir, record, epoch, model):
+    """Add `epoch` to the record, and write it and, where it is the best, the weights.
+
+    Best is the highest hold-out MaxF; without a hold-out, the last.
+    """
+    record["history"].append(epoch)
+    best = max(record["history"], key=lambda epoch: epoch.get("MaxF", epoch["epoch"]))
+    record["best_epoch"] = best["epoch"]
+    if best is epoch:
+        write_weights(run_dir, model)
+    write_run(run_dir, record)

@@ -1,0 +1,512 @@
+"""Train FCN-8s on VGG-16 for KITTI Road and segment the benchmark's test images.
+
+Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation",
+CVPR 2015. The program reads from top to bottom in the order in which it runs:
+Config, load_vgg, layers, optimize, train_nn, run.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, by the import
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+import helper
+from helper import VOID, ProgramError
+
+NUM_CLASSES = 2  # background, road
+
+# ------------------------------------------------------------------------ config
+
+ALLOWED = {
+    "anything": lambda value: True,
+    "above 0": lambda value: value > 0,
+    "0 or more": lambda value: value >= 0,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in [0, 2^31)": lambda value: 0 <= value < 2**31,
+    "a multiple of 32": lambda value: value > 0 and value % 32 == 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings: type, allowed values, meaning, default."""
+
+    epochs: Annotated[int, "0 or more", "passes over the training images"] = 50
+    batch_size: Annotated[int, "above 0", "images in a training step"] = 5
+    learning_rate: Annotated[float, "above 0", "Adam's rate for the decoder"] = 0.001
+    vgg_learning_rate: Annotated[float, "0 or more", "Adam's rate for VGG-16"] = 0.0001
+    keep_prob: Annotated[float, "in (0, 1]", "share that dropout keeps"] = 0.5
+    l2: Annotated[float, "0 or more", "weight of the decoder's L2 term"] = 0.001
+    image_height: Annotated[int, "a multiple of 32", "rows the network sees"] = 160
+    image_width: Annotated[int, "a multiple of 32", "columns the network sees"] = 576
+    holdout_fraction: Annotated[float, "in [0, 1)", "share kept for scoring"] = 0.1667
+    seed: Annotated[int, "in [0, 2^31)", "of weights, order, jitter and dropout"] = 0
+    data_dir: Annotated[Path, "anything", "where data and VGG-16 are"] = Path("data")
+    runs_dir: Annotated[Path, "anything", "where runs write"] = Path("runs")
+    vgg: Annotated[str, "anything", "VGG-16 weight file, or random"] = "downloaded"
+    demo: Annotated[bool, "anything", "drawn data, small images, no download"] = False
+
+
+DEMO = {"epochs": 5, "image_height": 64, "image_width": 192, "vgg": "random"}
+
+
+def parse(argv):
+    """Return the Config of a command line; exit with one line and code 2 at a bad one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
+    parser.error = lambda message: parser.exit(2, f"{message}: see main.py --help\n")
+
+    def checked(kind, allowed):
+        def convert(text):
+            value = kind(text)
+            if (
+                kind is float
+                and not math.isfinite(value)
+                or not ALLOWED[allowed](value)
+            ):
+                raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
+            return value
+
+        convert.__name__ = kind.__name__  # for argparse: invalid int value: 'x'
+        return convert
+
+    hints = get_type_hints(Config, include_extras=True)
+    for field in dataclasses.fields(Config):
+        kind = hints[field.name].__origin__
+        allowed, meaning = hints[field.name].__metadata__
+        flag = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=meaning)
+        else:
+            parser.add_argument(
+                flag,
+                type=checked(kind, allowed),
+                default=field.default,
+                metavar={int: "N", float: "X"}.get(kind, "PATH"),
+                help=f"{meaning} (%(default)s)",
+            )
+    if parser.parse_args(argv).demo:
+        parser.set_defaults(**DEMO)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+# ----------------------------------------------------------------------- network
+
+
+def load_vgg(vgg_path, keep_prob):
+    """Return image_input, layer3_out, layer4_out, layer7_out of a convolutional VGG-16.
+
+    Input (B, H, W, 3) RGB 0..255, H and W multiples of 32; outputs (B, H/8, W/8, 256),
+    (B, H/16, W/16, 512), (B, H/32, W/32, 4096). `vgg_path` is a weight file of
+    keras.applications.VGG16 with its top, or "random" (He normal). Dropout keeps
+    `keep_prob` of fc6 and fc7. Raises ProgramError if the file does not fit.
+    """
+    image_input = keras.Input((None, None, 3), dtype="uint8", name="image_input")
+    x = keras.ops.cast(image_input, "float32")
+    x = keras.applications.vgg16.preprocess_input(x)  # to BGR, minus ImageNet's mean
+    vgg = keras.applications.VGG16(include_top=False, weights=None, input_tensor=x)
+    x = vgg.output  # (B, H/32, W/32, 512)
+    for name, side in ("fc1", 7), ("fc2", 1):  # Keras's names of fc6 and fc7
+        x = keras.layers.Conv2D(
+            4096,
+            side,
+            padding="same",
+            activation="relu",
+            kernel_initializer="zeros",
+            name=name,
+        )(x)
+        x = keras.layers.Dropout(1 - keep_prob, name=f"{name}_dropout")(x)
+    encoder = keras.Model(image_input, x)
+    weighted = [layer for layer in encoder.layers if layer.weights]
+    if vgg_path == "random":
+        for layer in weighted:
+            # Pixels are of order 60, not 1: fc6 takes that out, so that fc7 is of
+            # order 1 as in the pretrained network.
+            scale = 2 / 60**2 if layer.name == "fc1" else 2
+            he_normal = keras.initializers.VarianceScaling(scale, "fan_in")
+            layer.kernel.assign(he_normal(layer.kernel.shape))
+    else:
+        try:
+            original = keras.applications.VGG16(weights=Path(vgg_path))
+        except Exception as error:  # h5py and Keras raise what they like
+            reason = str(error).partition("\n")[0]
+            raise ProgramError(
+                f"{vgg_path}: not VGG-16 weights with the fc layers ({reason}): remove "
+                "it to have it downloaded, or name another file with --vgg"
+            ) from error
+        for layer in weighted:
+            # A dense kernel holds the numbers of the convolution that covers its whole
+            # input, in the same order: fc1 (25088, 4096) is (7, 7, 512, 4096).
+            values = original.get_layer(layer.name).get_weights()
+            layer.set_weights(
+                [value.reshape(w.shape) for value, w in zip(values, layer.weights)]
+            )
+    return (
+        image_input,
+        vgg.get_layer("block3_pool").output,
+        vgg.get_layer("block4_pool").output,
+        encoder.output,
+    )
+
+
+def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
+    """Return the FCN-8s logits (B, H, W, num_classes) of VGG's pool3, pool4 and fc7.
+
+    Every kernel carries the L2 term l2 * sum(w^2).
+    """
+
+    def score(x, name):
+        return keras.layers.Conv2D(
+            num_classes,
+            1,
+            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
+            kernel_regularizer=keras.regularizers.L2(l2),
+            name=f"score_{name}",
+        )(x)
+
+    def bilinear(shape, dtype=None):
+        """Kernel (k, k, C, C) that upsamples each channel by k / 2, bilinearly."""
+        side, factor = shape[0], shape[0] // 2
+        ramp = 1 - np.abs(np.arange(side) - (side - 1) / 2) / factor
+        kernel = np.outer(ramp, ramp)[:, :, None, None] * np.eye(shape[2])
+        return tf.constant(kernel, dtype)
+
+    def upscore(x, factor, name):
+        return keras.layers.Conv2DTranspose(
+            num_classes,
+            2 * factor,
+            strides=factor,
+            padding="same",
+            use_bias=False,
+            kernel_initializer=bilinear,
+            kernel_regularizer=keras.regularizers.L2(l2),
+            name=f"upscore_{name}",
+        )(x)
+
+    # Activations shrink from pool3 to fc7. The authors' net that trains all skips at
+    # once scales the early ones down, so that fc7 leads and they refine.
+    x = score(layer7_out, "fc7")  # (B, H/32, W/32, C)
+    x = upscore(x, 2, "fc7") + score(layer4_out * 0.01, "pool4")  # (B, H/16, W/16, C)
+    x = upscore(x, 2, "pool4") + score(layer3_out * 0.0001, "pool3")  # (B, H/8, W/8, C)
+    return upscore(x, 8, "pool3")  # (B, H, W, C)
+
+
+# ---------------------------------------------------------------------- training
+
+
+def cross_entropy(logits, labels):
+    """Return the cross entropy (B,) summed over each image's valid pixels."""
+    valid = labels != VOID
+    pixels = tf.nn.sparse_softmax_cross_entropy_with_logits(
+        tf.where(valid, tf.cast(labels, tf.int32), 0), logits
+    )
+    return tf.reduce_sum(tf.where(valid, pixels, 0), axis=(1, 2))
+
+
+class Adam(keras.optimizers.Adam):
+    """Adam with a factor on the rate for each variable, in their order at build."""
+
+    def __init__(self, learning_rate, factors):
+        super().__init__(learning_rate)
+        self.factors = factors
+
+    def update_step(self, gradient, variable, learning_rate):
+        # the fused kernel: Keras's own update makes ten copies of fc6's 411 MB
+        index = self._get_variable_index(variable)
+        step = tf.cast(self.iterations + 1, tf.float32)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=self.beta_1**step,
+            beta2_power=self.beta_2**step,
+            lr=learning_rate * self.factors[index],
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=gradient,
+        )
+
+
+def optimize(
+    model,
+    vgg_variables,
+    learning_rate,
+    vgg_learning_rate,
+    epochs,
+    steps_per_epoch,
+    seed,
+):
+    """Return train_step and the state it changes, as a tf.train.Checkpoint.
+
+    train_step(images, labels, weights) minimises the cross entropy over the batch's
+    valid pixels plus the L2 term and returns both and the gradient's norm, (3,)
+    float32. `vgg_variables` learn at `vgg_learning_rate`, the decoder at
+    `learning_rate`. Rates rise in a line over the first epoch, then fall in a half
+    cosine to 0; the gradient is clipped to norm 1.
+    """
+    schedule = keras.optimizers.schedules.CosineDecay(
+        learning_rate / steps_per_epoch,
+        decay_steps=max((epochs - 1) * steps_per_epoch, 1),
+        warmup_target=learning_rate,
+        warmup_steps=steps_per_epoch,
+    )
+    slow = {variable.path for variable in vgg_variables}
+    variables = model.trainable_variables
+    factor = vgg_learning_rate / learning_rate
+    optimizer = Adam(schedule, [factor if v.path in slow else 1.0 for v in variables])
+    optimizer.build(variables)
+    step = tf.Variable(0, dtype=tf.int64)
+    dropouts = [
+        layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)
+    ]
+
+    @tf.function
+    def train_step(images, labels, weights):
+        for index, layer in enumerate(dropouts):  # masks are a function of the step
+            layer.seed_generator.state.assign([seed, step * len(dropouts) + index])
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            loss = tf.reduce_sum(weights * cross_entropy(logits, labels))
+            l2 = tf.add_n(model.losses)
+            total = loss + l2
+        gradients, norm = tf.clip_by_global_norm(tape.gradient(total, variables), 1.0)
+        optimizer.apply(gradients, variables)
+        step.assign_add(1)
+        return tf.stack([loss, l2, norm])
+
+    return train_step, tf.train.Checkpoint(model=model, optimizer=optimizer, step=step)
+
+
+@tf.function(reduce_retracing=True)
+def holdout_step(model, images, labels):
+    """Return a batch's summed cross entropy and its confidence histogram."""
+    logits = model(images, training=False)
+    road = tf.nn.softmax(logits)[..., 1]
+    loss = tf.reduce_sum(cross_entropy(logits, labels))
+    return loss, helper.confidence_histogram(road, labels)
+
+
+def evaluate(model, batches):
+    """Return the hold-out's loss and scores at network size, {} without images."""
+    results = [holdout_step(model, images, labels) for images, labels, _ in batches]
+    if not results:
+        return {}
+    loss, histogram = (np.sum(part, axis=0, dtype=np.float64) for part in zip(*results))
+    measures = helper.scores(histogram)
+    return {
+        "holdout_loss": loss / max(histogram.sum(), 1),
+        "MaxF": measures["MaxF"],
+        "IoU": measures["IoU50"],
+        "accuracy": measures["accuracy"],
+    }
+
+
+def train_nn(
+    epochs, batch_size, get_batches_fn, train_step, steps_per_epoch, names, end_epoch
+):
+    """Train for `epochs` epochs of `steps_per_epoch` steps.
+
+    get_batches_fn and train_step are those of gen_batch_function and optimize;
+    names(step) lists a batch's files. end_epoch gets a record of each epoch's means and
+    speed. Raises ProgramError at a loss that is not finite, with the step it first
+    happened in; end_epoch never sees that epoch.
+    """
+    steps = range(epochs * steps_per_epoch)
+    batches = iter(get_batches_fn(batch_size, steps))
+    for epoch in range(epochs):
+        start = fetched = time.perf_counter()
+        pending, values = [], []
+        bar = tqdm(
+            desc=f"epoch {epoch + 1}/{epochs}",
+            total=steps_per_epoch,
+            leave=False,
+            disable=None,
+        )
+        for step in steps[epoch * steps_per_epoch :][:steps_per_epoch]:
+            before = time.perf_counter()
+            pending.append(train_step(*next(batches)))
+            now = time.perf_counter()
+            if step == 1 and not tf.config.list_physical_devices("GPU"):
+                minutes = (now - before) * steps_per_epoch / 60
+                bar.write(f"no GPU: an epoch takes about {minutes:.1f} minutes")
+            if now - fetched < 1 and len(values) + len(pending) < steps_per_epoch:
+                continue
+            # here the host waits for the device, hence once a second, not every step
+            for value in tf.stack(pending).numpy().astype(float):
+                if not np.isfinite(value).all():
+                    bad = epoch * steps_per_epoch + len(values)
+                    loss, l2, norm = value
+                    raise ProgramError(
+                        f"step {bad} gave loss {loss}, L2 {l2}, gradient norm {norm} "
+                        f"on {', '.join(names(bad))}: look at these files, or lower "
+                        "--learning-rate and --vgg-learning-rate"
+                    )
+                values.append(value)
+            pending, fetched = [], now
+            bar.update(len(values) - bar.n)
+            bar.set_postfix(loss=f"{values[-1][0]:.4f}")
+        bar.close()
+        seconds = time.perf_counter() - start
+        loss, l2, norm = np.mean(values, axis=0)
+        end_epoch(
+            {
+                "epoch": epoch + 1,
+                "step": (epoch + 1) * steps_per_epoch,
+                "loss": loss,
+                "l2": l2,
+                "gradient_norm": norm,
+                "seconds": seconds,
+                "images_per_second": steps_per_epoch * batch_size / seconds,
+            }
+        )
+
+
+# ----------------------------------------------------------------------- program
+
+
+def describe_device():
+    """Return what the run computes on, and say so where it is not a GPU."""
+    gpus = tf.config.list_physical_devices("GPU")
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    if not gpus and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
+        print(
+            "TensorFlow cannot use the NVIDIA GPU here, going on with the CPU: install "
+            "its CUDA libraries (pip install -r requirements.txt, in a new virtual "
+            "environment) and see that nvidia-smi lists the GPU"
+        )
+    details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+    name = details.get("device_name", f"CPU ({os.cpu_count()} cores)")
+    return {
+        "name": name,
+        "replicas": 1,
+        "workers": 1,
+        "precision": "float32",
+        "xla": False,
+    }
+
+
+def get_data(config):
+    """Return the training and hold-out samples and the test images of a run."""
+    data_dir = config.data_dir
+    if config.demo:
+        data_dir = data_dir / "demo"
+        helper.maybe_draw_kitti_road(data_dir)
+    else:
+        helper.maybe_download_kitti_road(data_dir)
+    samples, test_paths = helper.find_images(data_dir)
+    training, holdout = helper.split_holdout(samples, config.holdout_fraction)
+    if config.batch_size > len(training):
+        raise ProgramError(
+            f"--batch-size {config.batch_size} is more than the {len(training)} "
+            f"training images of {data_dir}: lower it, or --holdout-fraction"
+        )
+    if not holdout:
+        print("no hold-out: no scores, and the last weights count as the best")
+    return training, holdout, test_paths
+
+
+def run(config):
+    """Train as `config` says and return the run's folder."""
+    if config.demo:
+        print("a demonstration on drawn roads; the real run is: python main.py")
+    keras.utils.set_random_seed(config.seed)
+    device = describe_device()
+    vgg_path = config.vgg
+    if vgg_path == "downloaded":
+        vgg_path = helper.maybe_download_pretrained_vgg(config.data_dir)
+    training, holdout, test_paths = get_data(config)
+    image_shape = config.image_height, config.image_width
+    steps_per_epoch = len(training) // config.batch_size
+
+    image_input, *pools = load_vgg(vgg_path, config.keep_prob)
+    vgg_variables = keras.Model(image_input, pools).trainable_variables
+    model = keras.Model(image_input, layers(*pools, NUM_CLASSES, config.l2))
+    train_step, state = optimize(
+        model,
+        vgg_variables,
+        config.learning_rate,
+        config.vgg_learning_rate,
+        config.epochs,
+        steps_per_epoch,
+        config.seed,
+    )
+    get_batches_fn = helper.gen_batch_function(training, image_shape, config.seed)
+    get_holdout_fn = helper.gen_batch_function(holdout, image_shape)
+    facts = {
+        "config": dataclasses.asdict(config),
+        "device": device,
+        "data": {
+            "training": len(training),
+            "holdout": len(holdout),
+            "test": len(test_paths),
+        },
+    }
+    size = 4 * model.count_params() + 10**6 * len(test_paths)
+    with helper.run_folder(config.runs_dir, size, facts) as (run_dir, record):
+
+        def end_epoch(epoch):
+            epoch |= evaluate(model, get_holdout_fn(config.batch_size))
+            epoch["learning_rate"] = float(state.optimizer.learning_rate)
+            print(*(f"{name} {value:.5g}" for name, value in epoch.items()), flush=True)
+            helper.write_epoch(run_dir, record, epoch, model)
+
+        train_nn(
+            config.epochs,
+            config.batch_size,
+            get_batches_fn,
+            train_step,
+            steps_per_epoch,
+            functools.partial(
+                helper.batch_names, training, config.batch_size, config.seed
+            ),
+            end_epoch,
+        )
+        if config.epochs:
+            model.load_weights(run_dir / helper.WEIGHTS)  # the best, not the last
+        else:
+            helper.write_weights(run_dir, model)
+        helper.save_inference_samples(
+            run_dir, model, test_paths, image_shape, config.batch_size
+        )
+    print(f"{len(test_paths)} segmented test images and the weights are in {run_dir}")
+    return run_dir
+
+
+def main(argv=None):
+    """Run the program on a command line; return its exit code."""
+    config = parse(argv)
+    try:
+        run(config)
+    except ProgramError as error:
+        message, code = error, 1
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        message = f"{place}{error.strerror or error}: see that it can be written"
+        code = 1
+    except KeyboardInterrupt:
+        message, code = "stopped by Ctrl-C", 130
+    else:
+        return 0
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

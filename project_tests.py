@@ -1,0 +1,1320 @@
+"""Check every stage of main.py and helper.py, in the order in which they run.
+
+    python project_tests.py             all of it
+    python project_tests.py LoadVgg     one stage
+
+No network but 127.0.0.1, no GPU, nothing written outside temporary folders.
+"""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import h5py
+import keras
+import numpy as np
+import requests
+import tensorflow as tf
+from PIL import Image
+
+import helper
+import main
+from helper import VOID, ProgramError
+
+tf.get_logger().setLevel("ERROR")  # each test traces anew, and TensorFlow remarks on it
+
+
+class Case(unittest.TestCase):
+    """A test with a temporary folder of its own."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def patch(self, target, name, value):
+        patcher = mock.patch.object(target, name, value)
+        self.addCleanup(patcher.stop)
+        return patcher.start()
+
+    def files(self, folder=None):
+        """Return the visible files and folders below `folder`, as sorted text."""
+        found = (folder or self.folder).rglob("[!.]*")
+        return sorted(str(path.relative_to(folder or self.folder)) for path in found)
+
+
+# ---------------------------------------------------------------------- download
+
+
+class Server:
+    """A server on 127.0.0.1 that treats each request as its plan says.
+
+    The plan is a list of functions of (handler, start), taken one a request, the last
+    one for all that follow; `ranges` is the first byte that each request asked for.
+    """
+
+    def __init__(self, *plan):
+        self.ranges = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(handler):
+                start = re.match(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+                self.ranges.append(int(start[1]) if start else 0)
+                index = min(len(self.ranges), len(plan)) - 1
+                with contextlib.suppress(ConnectionError):
+                    plan[index](handler, self.ranges[-1])
+                handler.close_connection = True
+
+            def log_message(handler, *args):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/file"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, args=[0.01]).start()
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def answer(content, sent=None, stated=None, resume=True, stall=0, status=None, at=0):
+    """Return a plan's step: send `content`, up to `sent` bytes, then `stall` seconds."""
+
+    def step(handler, start):
+        if resume and start >= len(content):
+            handler.send_response(416)
+            handler.send_header("Content-Range", f"bytes */{len(content)}")
+            handler.send_header("Content-Length", "0")
+            return handler.end_headers()
+        body = content[start if resume else 0 :]
+        handler.send_response(status or (206 if resume else 200))
+        if resume:
+            end = f"{len(content) - 1}/{len(content)}"
+            handler.send_header("Content-Range", f"bytes {start + at}-{end}")
+        handler.send_header("Content-Length", str(stated or len(body)))
+        handler.end_headers()
+        handler.wfile.write(body[:sent])
+        handler.wfile.flush()
+        time.sleep(stall)
+
+    return step
+
+
+class Downloads(Case):
+    content = bytes(range(256)) * 400  # 102,400 bytes
+    md5 = hashlib.md5(content).hexdigest()
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.folder / "data" / "file.h5"
+        self.part = self.folder / "data" / "file.h5.part"
+        self.patch(helper, "PAUSES", (0.01,) * 5)
+
+    def download(self, *servers, size=102_400, md5=None):
+        urls = [server.url for server in servers]
+        helper.download(urls, self.path, size, md5 or self.md5)
+
+    def failure(self, *servers, **kwargs):
+        with self.assertRaises(ProgramError) as caught:
+            self.download(*servers, **kwargs)
+        return str(caught.exception)
+
+    def assert_whole(self):
+        self.assertEqual(self.path.read_bytes(), self.content)
+        self.assertFalse(self.part.exists())
+
+    def test_a_file_is_fetched_once_and_never_again(self):
+        with Server(answer(self.content)) as server:
+            self.download(server)
+            self.download(server)
+            self.assert_whole()
+            self.assertEqual(server.ranges, [0])
+
+    def test_a_cut_is_resumed_at_the_byte_it_happened(self):
+        cut = answer(self.content, sent=33_333)
+        with Server(cut, answer(self.content)) as server:
+            self.download(server)
+        self.assert_whole()
+        self.assertEqual(server.ranges, [0, 33_333])
+
+    def test_tries_start_again_after_every_byte_gained(self):
+        def cut(handler, start):
+            answer(self.content, sent=5000)(handler, start)
+
+        with Server(cut) as server:
+            self.download(server)  # 21 cuts, where 6 in a row would be the end
+        self.assert_whole()
+        self.assertEqual(server.ranges, list(range(0, 102_400, 5000)))
+
+    def test_pauses_grow_while_nothing_is_gained(self):
+        self.patch(helper, "PAUSES", (1, 2, 4))
+        with (
+            Server(answer(self.content, sent=0)) as server,
+            mock.patch.object(helper.time, "sleep") as sleep,
+            mock.patch.object(time, "sleep", sleep),
+        ):
+            self.assertIn("0 bytes read", self.failure(server))
+        pauses = [call.args[0] for call in sleep.call_args_list if call.args[0]]
+        self.assertEqual(pauses, [1, 2, 4])
+
+    def test_the_next_run_resumes_what_this_one_left(self):
+        gone = answer(b"", resume=False, status=404)
+        with Server(answer(self.content, sent=70_000), gone) as server:
+            self.assertIn("404", self.failure(server))
+        self.assertFalse(self.path.exists())
+        self.assertEqual(self.part.stat().st_size, 70_000)
+        with Server(answer(self.content)) as server:
+            self.download(server)
+        self.assert_whole()
+        self.assertEqual(server.ranges, [70_000])
+
+    def test_a_finished_part_is_checked_and_renamed_without_a_request(self):
+        self.part.parent.mkdir()
+        self.part.write_bytes(self.content)
+        with Server(answer(self.content)) as server:
+            self.download(server)
+        self.assert_whole()
+        self.assertEqual(server.ranges, [])
+
+    def test_a_server_that_ignores_range_is_read_from_the_start(self):
+        cut = answer(self.content, sent=40_000)
+        with Server(cut, answer(self.content, resume=False)) as server:
+            self.download(server)
+        self.assert_whole()
+
+    def test_a_server_that_resumes_elsewhere_is_not_believed(self):
+        cut = answer(self.content, sent=40_000)
+        elsewhere = answer(self.content, at=1)
+        with Server(cut, elsewhere, answer(self.content)) as server:
+            self.download(server)
+        self.assert_whole()
+        self.assertEqual(server.ranges, [0, 40_000, 40_000])
+
+    def test_a_part_longer_than_the_file_starts_over(self):
+        self.part.parent.mkdir()
+        self.part.write_bytes(self.content + b"more")
+        with Server(answer(self.content)) as server:
+            self.download(server)
+        self.assert_whole()
+
+    def test_a_stall_is_timed_out_and_resumed(self):
+        self.patch(helper, "READ_TIMEOUT", 0.3)
+        stall = answer(self.content, sent=50_000, stall=2)
+        with Server(stall, answer(self.content)) as server:
+            self.download(server)
+        self.assert_whole()
+        self.assertEqual(server.ranges, [0, 50_000])
+
+    def test_a_file_of_another_size_is_refused_before_it_is_fetched(self):
+        with Server(answer(b"<html>log in</html>", resume=False)) as server:
+            message = self.failure(server)
+        self.assertIn("19 bytes long there, not 102,400", message)
+        self.assertFalse(self.part.exists())
+
+    def test_a_server_that_states_too_much_is_given_up(self):
+        with Server(answer(self.content, stated=200_000)) as server:
+            message = self.failure(server, size=200_000)
+        self.assertRegex(message, r"102400 bytes read, 97600 more|416")
+        self.assertFalse(self.path.exists())
+
+    def test_a_wrong_file_is_removed_and_both_sums_are_named(self):
+        wrong = self.content[::-1]
+        with Server(answer(wrong)) as server:
+            message = self.failure(server)
+        self.assertIn(hashlib.md5(wrong).hexdigest(), message)
+        self.assertIn(self.md5, message)
+        self.assertEqual(self.files(), ["data"])
+
+    def test_a_wrong_file_sends_to_the_next_url(self):
+        wrong, right = Server(answer(self.content[::-1])), Server(answer(self.content))
+        with wrong, right:
+            self.download(wrong, right)
+        self.assert_whole()
+
+    def test_a_url_that_does_not_connect_is_tried_twice_and_left(self):
+        nobody = mock.Mock(url="http://127.0.0.1:9/file")
+        with (
+            mock.patch.object(requests, "get", side_effect=requests.get) as get,
+            Server(answer(self.content)) as server,
+        ):
+            self.download(nobody, server)
+        self.assert_whole()
+        urls = [call.args[0] for call in get.call_args_list]
+        self.assertEqual(urls, [nobody.url, nobody.url, server.url])
+
+    def test_a_missing_file_is_asked_for_once_and_an_overload_again(self):
+        gone = answer(b"", resume=False, status=404)
+        busy = answer(b"", resume=False, status=503)
+        with Server(gone) as first, Server(busy, busy, answer(self.content)) as second:
+            self.download(first, second)
+        self.assert_whole()
+        self.assertEqual((len(first.ranges), len(second.ranges)), (1, 3))
+
+    def test_without_network_one_line_says_what_to_do(self):
+        message = self.failure(mock.Mock(url="http://127.0.0.1:9/file"))
+        for part in "http://127.0.0.1:9/file", "refused", str(self.path), "--demo":
+            self.assertIn(part, message)
+        self.assertNotIn("\n", message)
+
+    def test_a_full_disk_is_seen_before_a_byte_is_written(self):
+        usage = mock.Mock(return_value=mock.Mock(free=50_000))
+        self.patch(shutil, "disk_usage", usage)
+        with Server(answer(self.content)) as server:
+            self.assertIn("0 MB are free", self.failure(server))
+        self.assertFalse(self.part.exists())
+
+    def test_two_programs_fetch_a_file_once(self):
+        slow = answer(self.content, stall=0.5)
+        with Server(slow) as server:
+            both = [
+                threading.Thread(target=self.download, args=[server]) for _ in range(2)
+            ]
+            for thread in both:
+                thread.start()
+            for thread in both:
+                thread.join()
+        self.assert_whole()
+        self.assertEqual(server.ranges, [0])
+
+    def archive(self, *names):
+        """Return a zip of `names`, uncompressed."""
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:
+            for name in names:
+                archive.writestr(name, b"content of a file")
+        return content.getvalue()
+
+    kitti = (
+        "data_road/training/image_2/um_000000.png",
+        "data_road/training/gt_image_2/um_road_000000.png",
+        "data_road/training/gt_image_2/um_lane_000000.png",
+        "data_road/testing/image_2/um_000000.png",
+    )
+
+    def test_kitti_is_unpacked_counted_and_its_zip_removed(self):
+        archive = self.archive(*self.kitti, "../../evil.png", "/tmp/evil.png")
+        with Server(answer(archive)) as server:
+            self.patch(helper, "KITTI_URLS", [server.url])
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                helper.maybe_download_kitti_road(self.folder / "data")
+                helper.maybe_download_kitti_road(self.folder / "data")
+        self.assertIn("CC BY-NC-SA 3.0", output.getvalue())
+        self.assertIn("1 training images, 1 road labels, 1 test", output.getvalue())
+        self.assertEqual(len(server.ranges), 1)
+        here = [name for name in self.files() if name.endswith(".png")]
+        self.assertEqual(here, sorted(f"data/{name}" for name in self.kitti))
+        self.assertFalse(list(self.folder.rglob("*evil*")))
+        self.assertFalse(list(self.folder.rglob("*.zip")))
+
+    def test_a_damaged_zip_leaves_neither_zip_nor_data(self):
+        damaged = bytearray(self.archive(*self.kitti))
+        damaged[damaged.rindex(b"content of")] ^= 1  # now its CRC is wrong
+        for content in bytes(damaged), b"<html>", self.archive("other/file.png"):
+            with Server(answer(content)) as server:
+                self.patch(helper, "KITTI_URLS", [server.url])
+                with self.assertRaisesRegex(ProgramError, "damaged.*removed"):
+                    helper.maybe_download_kitti_road(self.folder / "data")
+            self.assertEqual(self.files(), ["data"])
+
+    def test_what_is_there_is_used_and_nothing_is_written(self):
+        folder = self.folder / "data_road" / "training" / "image_2"
+        folder.mkdir(parents=True)
+        weights = self.folder / "vgg16_weights_tf_dim_ordering_tf_kernels.h5"
+        weights.write_bytes(b"mine")
+        before = sorted(self.folder.rglob("*"))
+        self.patch(requests, "get", mock.Mock(side_effect=AssertionError))
+        helper.maybe_download_kitti_road(self.folder)
+        path = helper.maybe_download_pretrained_vgg(self.folder)
+        self.assertEqual(path.read_bytes(), b"mine")
+        self.assertEqual(sorted(self.folder.rglob("*")), before)
+
+
+# -------------------------------------------------------------------------- data
+
+
+def write_sample(folder, name, size=(40, 24), label=(255, 0, 255), mode="RGB"):
+    """Write a training image of one colour and its label, of `size` (W, H)."""
+    training = folder / "data_road" / "training"
+    for part in "image_2", "gt_image_2":
+        (training / part).mkdir(parents=True, exist_ok=True)
+    number = int(name.rpartition("_")[2])
+    Image.new("RGB", size, (number, 60, 90)).convert(mode).save(
+        training / "image_2" / f"{name}.png"
+    )
+    path = training / "gt_image_2" / f"{name.replace('_', '_road_')}.png"
+    Image.new("RGB", size, label).save(path)
+    return path
+
+
+class Data(Case):
+    def test_label_colours_mean_what_the_benchmark_means(self):
+        colours = {
+            (255, 0, 255): 1,  # valid and road
+            (255, 0, 0): 0,  # valid, not road
+            (0, 0, 0): VOID,
+            (0, 0, 255): VOID,  # road outside the valid area
+        }
+        path = self.folder / "label.png"
+        Image.fromarray(np.array([list(colours)], np.uint8)).save(path)
+        self.assertEqual(helper.read_label(path).tolist(), [list(colours.values())])
+
+    def test_ids_do_not_blend_when_resized(self):
+        label = np.zeros((40, 60), np.uint8)
+        label[:, 20:40], label[:, 40:] = VOID, 1
+        resized = helper.resize_label(label, (16, 24)).numpy()
+        self.assertEqual(set(resized.ravel()), {0, 1, VOID})
+        # the columns nearest to the centres 1.25, 3.75, ... of the 24 new ones
+        columns = [int(2.5 * (column + 0.5)) for column in range(24)]
+        np.testing.assert_array_equal(resized, label[:16][:, columns])
+
+    def test_images_are_resized_as_pillow_does(self):
+        rng = np.random.default_rng(0)
+        image = rng.integers(0, 256, (75, 248, 3), np.uint8)
+        ours = helper.resize_image(image, (32, 96)).numpy()
+        theirs = Image.fromarray(image).resize((96, 32), Image.Resampling.BILINEAR)
+        difference = ours.astype(int) - np.asarray(theirs)
+        self.assertLessEqual(np.abs(difference).max(), 1)
+        self.assertEqual(ours.dtype, np.uint8)
+
+    def test_the_holdout_of_the_full_set_is_val3(self):
+        counts = {"um": 95, "umm": 96, "uu": 98}
+        for kind, count in counts.items():
+            for number in range(count):
+                write_sample(self.folder, f"{kind}_{number:06}", (1, 1))
+        samples, _ = helper.find_images(self.folder)
+        training, holdout = helper.split_holdout(samples, 0.1667)
+        expected = [
+            f"{kind}_{number:06}.png"
+            for kind, count in counts.items()
+            for number in range(count - 16, count)
+        ]
+        self.assertEqual([image.name for image, _ in holdout], expected)
+        self.assertEqual(sorted(training + holdout), sorted(samples))
+        self.assertEqual(helper.split_holdout(samples, 0)[0], samples)
+
+    def test_an_image_is_paired_with_its_road_label_only(self):
+        road = write_sample(self.folder, "um_000003")
+        shutil.copy(road, road.with_name("um_lane_000003.png"))
+        hidden = road.parent.parent / "image_2" / "._um_000003.png"
+        hidden.write_bytes(b"left by a Mac")
+        samples, _ = helper.find_images(self.folder)
+        image = self.folder / "data_road/training/image_2/um_000003.png"
+        self.assertEqual(samples, [(image, road)])
+
+    def test_a_missing_label_is_named(self):
+        road = write_sample(self.folder, "um_000003")
+        road.rename(road.with_name("um_lane_000003.png"))
+        with self.assertRaises(ProgramError) as caught:
+            helper.find_images(self.folder)
+        self.assertIn(str(road), str(caught.exception))
+        self.assertIn("um_lane_000003.png is another task", str(caught.exception))
+
+    def test_a_data_set_without_images_is_refused(self):
+        with self.assertRaisesRegex(ProgramError, "no images in .*image_2"):
+            helper.find_images(self.folder)
+
+    def test_grey_and_transparent_images_become_rgb(self):
+        for mode in "L", "LA", "RGBA", "P", "1", "I;16":
+            path = self.folder / "image.png"
+            Image.new("L", (5, 4), 200).convert(mode).save(path)
+            self.assertEqual(helper.read_image(path).shape, (4, 5, 3), mode)
+
+    def test_a_file_that_is_no_image_is_named(self):
+        path = self.folder / "image.png"
+        Image.effect_noise((90, 90), 50).save(path)
+        whole = path.read_bytes()
+        for content in b"", b"<html>", whole[: len(whole) // 2], whole[:20]:
+            path.write_bytes(content)
+            with self.assertRaises(ProgramError) as caught:
+                helper.read_image(path)
+            self.assertIn(str(path), str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+
+    def test_a_label_of_another_size_is_refused(self):
+        road = write_sample(self.folder, "um_000003")
+        Image.new("RGB", (24, 40)).save(road)
+        samples, _ = helper.find_images(self.folder)
+        with self.assertRaisesRegex(ProgramError, "is 24x40, its image 40x24"):
+            helper.gen_batch_function(samples, (32, 32))
+
+    def batches(self, count=7, seed=0, shape=(32, 64)):
+        for number in range(count):
+            write_sample(
+                self.folder, f"um_{number:06}", label=(255, 0, 255 * (number % 2))
+            )
+        samples, _ = helper.find_images(self.folder)
+        return helper.gen_batch_function(samples, shape, seed)
+
+    def test_the_holdout_comes_whole_in_order_and_as_it_is(self):
+        images = [batch[0].numpy() for batch in self.batches()(3)]
+        self.assertEqual([len(batch) for batch in images], [3, 3, 1])
+        self.assertEqual(
+            [image[0, 0, 0] for image in np.concatenate(images)], [*range(7)]
+        )
+
+    def test_an_epoch_takes_no_sample_twice_and_drops_the_rest(self):
+        order = [helper.batch_rows(step, 7, 3, 0).numpy() for step in range(4)]
+        first, second = np.concatenate(order[:2]), np.concatenate(order[2:])
+        for epoch in first, second:
+            self.assertEqual(len(set(epoch)), 6)
+        self.assertNotEqual(first.tolist(), second.tolist())
+        other = np.concatenate([helper.batch_rows(step, 7, 3, 1) for step in range(2)])
+        self.assertNotEqual(first.tolist(), other.tolist())
+
+    def test_a_batch_is_a_function_of_its_step(self):
+        get_batches_fn = self.batches()
+        through = list(get_batches_fn(3, range(6)))
+        for step, batch in zip(range(4, 6), get_batches_fn(3, range(4, 6))):
+            for ours, theirs in zip(batch, through[step]):
+                np.testing.assert_array_equal(ours, theirs)
+        self.assertFalse(np.array_equal(through[4][0], through[2][0]))
+
+    def test_batch_names_are_those_of_the_batch(self):
+        get_batches_fn = self.batches(shape=(32, 32))
+        samples, _ = helper.find_images(self.folder)
+        _, labels, _ = next(iter(get_batches_fn(3, range(5, 6))))
+        names = helper.batch_names(samples, 3, 0, 5)
+        odd = [int(name[3:9]) % 2 for name in names]
+        self.assertEqual(labels[:, 0, 0].numpy().tolist(), odd)
+
+    def test_a_flip_takes_the_label_along(self):
+        images = np.zeros((40, 8, 16, 3), np.uint8)
+        images[:, :, :4] = 200  # bright where the label is road
+        labels = (images[..., 0] > 0).astype(np.uint8)
+        images, labels = helper.augment(images, labels, (0, 1))
+        bright = images.numpy()[..., 0] > 100
+        np.testing.assert_array_equal(bright, labels.numpy() == 1)
+        flipped = labels.numpy()[:, 0, 0] == 0
+        self.assertTrue(10 < flipped.sum() < 30)
+
+    def test_jitter_changes_brightness_and_contrast_of_each_image(self):
+        images = np.tile(np.uint8([[[100], [150]]]), (40, 4, 1, 3))
+        labels = np.zeros((40, 4, 2), np.uint8)
+        changed = helper.augment(images, labels, (0, 1))[0].numpy().astype(float)
+        means = changed.mean((1, 2, 3))
+        contrasts = np.ptp(changed, axis=(1, 2, 3)) / 50
+        self.assertTrue(100 <= means.min() < 110 and 140 < means.max() <= 150)
+        self.assertTrue(0.78 <= contrasts.min() < 0.9 and 1.1 < contrasts.max() <= 1.22)
+
+    def test_weights_spread_the_loss_over_the_valid_pixels(self):
+        road = write_sample(self.folder, "um_000000", (64, 32))
+        label = np.zeros((32, 64, 3), np.uint8)
+        label[:, :16, 0] = 255  # a quarter is valid
+        Image.fromarray(label).save(road)
+        write_sample(self.folder, "um_000001", (64, 32))
+        samples, _ = helper.find_images(self.folder)
+        ((_, labels, weights),) = helper.gen_batch_function(samples, (32, 64))(2)
+        valid = (labels.numpy() != VOID).sum((1, 2))
+        self.assertEqual(valid.tolist(), [512, 2048])
+        np.testing.assert_allclose(weights, [1 / 2560] * 2)
+
+    def test_the_drawn_set_has_kittis_layout_and_is_drawn_once(self):
+        helper.maybe_draw_kitti_road(self.folder, training=9, testing=3)
+        samples, tests = helper.find_images(self.folder)
+        self.assertEqual((len(samples), len(tests)), (9, 3))
+        kinds = [helper.category(image) for image, _ in samples]
+        self.assertEqual(kinds, ["um"] * 3 + ["umm"] * 3 + ["uu"] * 3)
+        sizes, ids = set(), set()
+        for image, label in samples:
+            sizes.add(helper.read_image(image).shape)
+            ids |= set(helper.read_label(label).ravel())
+            calibration = image.parent.parent / "calib" / f"{image.stem}.txt"
+            self.assertIn("Tr_cam_to_road: ", calibration.read_text())
+        self.assertGreater(len(sizes), 1)
+        self.assertEqual(ids, {0, 1, VOID})
+        self.assertTrue(list(samples[0][1].parent.glob("um_lane_*.png")))
+        contents = {image.read_bytes() for image, _ in samples}
+        self.assertEqual(len(contents), 9)
+        samples[0][0].write_bytes(b"changed")
+        helper.maybe_draw_kitti_road(self.folder)
+        self.assertEqual(samples[0][0].read_bytes(), b"changed")
+
+    def test_the_drawn_road_lies_on_the_calibrated_plane(self):
+        _, road, _ = helper.draw_scene("uu", np.random.default_rng(3))
+        label = np.asarray(road)[..., 2] > 0
+        widths = []
+        for z in 8, 16, 32:  # metres ahead
+            row = label[round(721.5377 * 1.65 / z + 172.854)]
+            widths.append(row.sum() * z / 721.5377)
+        self.assertTrue(4.4 < min(widths) and max(widths) < 6.4)
+        self.assertLess(np.ptp(widths), 0.15)
+
+
+# ----------------------------------------------------------------------- network
+
+
+def write_vgg_weights(path, model):
+    """Write `model`'s weights in the layout of keras-applications' HDF5 files."""
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [layer.name.encode() for layer in model.layers]
+        for layer in model.layers:
+            group = file.create_group(layer.name)
+            names = [f"{layer.name}_W_1:0", f"{layer.name}_b_1:0"][: len(layer.weights)]
+            group.attrs["weight_names"] = [name.encode() for name in names]
+            for name, weight in zip(names, layer.weights):
+                group[name] = weight.numpy()
+
+
+def small_vgg(vgg_path, keep_prob):
+    """Stand in for load_vgg: the same strides and names, 8 channels, 1/1000 the size."""
+    x = image_input = keras.Input((None, None, 3), dtype="uint8")
+    x = keras.ops.cast(x, "float32") / 64 - 2
+    pools = []
+    for stride in 8, 2, 2:
+        x = keras.layers.Conv2D(8, stride + 1, stride, "same", activation="relu")(x)
+        pools.append(x)
+    pools[-1] = keras.layers.Dropout(1 - keep_prob)(x)
+    return image_input, *pools
+
+
+def small_model():
+    """Return FCN-8s on the small encoder, and the encoder's variables."""
+    image_input, *pools = small_vgg("random", 0.5)
+    model = keras.Model(image_input, main.layers(*pools, 2))
+    return model, keras.Model(image_input, pools).trainable_variables
+
+
+class LoadVgg(Case):
+    @classmethod
+    def setUpClass(cls):
+        """Write one full-size weight file and keep the answers of the original to it."""
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.weights = Path(folder.name) / "vgg16.h5"
+        keras.utils.set_random_seed(0)
+        original = keras.applications.VGG16(weights=None)
+        for layer in original.layers:
+            if layer.weights:
+                layer.bias.assign(keras.random.normal(layer.bias.shape, 0.5))
+        write_vgg_weights(cls.weights, original)
+        del original
+        original = keras.applications.VGG16(weights=str(cls.weights))
+        cls.image = np.random.default_rng(0).integers(
+            0, 256, (1, 224, 224, 3), np.uint8
+        )
+        x = keras.applications.vgg16.preprocess_input(cls.image.astype(np.float32))
+        names = "block3_pool", "block4_pool", "fc2"
+        outputs = [original.get_layer(name).output for name in names]
+        cls.expected = [y.numpy() for y in keras.Model(original.input, outputs)(x)]
+        cls.kernel = original.get_layer("block1_conv1").kernel.numpy()
+        del original
+        image_input, *pools = main.load_vgg(cls.weights, 0.5)
+        cls.model = keras.Model(image_input, pools)
+
+    @classmethod
+    def tearDownClass(cls):
+        del cls.model
+
+    def test_it_equals_keras_vgg16_on_the_same_weight_file(self):
+        pool3, pool4, fc7 = (y.numpy() for y in self.model(self.image))
+        centre = fc7[:, 3, 3]  # where fc6 sees all of 7x7 and no padding
+        for ours, theirs in zip((pool3, pool4, centre), self.expected):
+            error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+            self.assertLess(error, 1e-4)
+            self.assertGreater(theirs.std(), 0)
+
+    def test_outputs_have_the_shapes_the_decoder_expects(self):
+        pool3, pool4, fc7 = self.model(np.zeros((2, 64, 96, 3), np.uint8))
+        self.assertEqual(pool3.shape, (2, 8, 12, 256))
+        self.assertEqual(pool4.shape, (2, 4, 6, 512))
+        self.assertEqual(fc7.shape, (2, 2, 3, 4096))
+        self.assertEqual(self.model.count_params(), 134_260_544)
+
+    def test_dropout_keeps_its_share_of_fc6_and_fc7_in_training_only(self):
+        fc7 = [self.model(self.image, training=flag)[2].numpy() for flag in (0, 1, 1)]
+        self.assertFalse(np.array_equal(fc7[1], fc7[2]))
+        np.testing.assert_array_equal(fc7[0], self.model(self.image)[2])
+        dropouts = [y for y in self.model.layers if isinstance(y, keras.layers.Dropout)]
+        self.assertEqual([y.rate for y in dropouts], [0.5, 0.5])
+
+    def test_pretrained_values_are_intact_when_training_begins(self):
+        logits = main.layers(*self.model.outputs, 2)
+        model = keras.Model(self.model.input, logits)
+        variables = self.model.trainable_variables
+        main.optimize(model, variables, 0.001, 0.0001, 2, 5, 0)
+        kernel = model.get_layer("block1_conv1").kernel
+        np.testing.assert_array_equal(kernel, self.kernel)
+        with h5py.File(self.weights) as file:
+            dense = file["fc1"]["fc1_W_1:0"][:512]  # the 512 channels of corner (0, 0)
+        np.testing.assert_array_equal(model.get_layer("fc1").kernel[0, 0], dense)
+
+    def test_random_weights_bring_fc7_to_order_1(self):
+        keras.utils.set_random_seed(0)
+        image_input, *pools = main.load_vgg("random", 0.5)
+        fc7 = keras.Model(image_input, pools[2])(self.image).numpy()
+        self.assertTrue(0.3 < fc7.std() < 3)
+        kernel = keras.Model(image_input, pools[2]).get_layer("block3_conv2").kernel
+        self.assertAlmostEqual(float(np.std(kernel)), (2 / 9 / 256) ** 0.5, delta=1e-3)
+
+    def test_a_file_that_does_not_fit_is_named(self):
+        whole = self.weights.open("rb").read(1 << 20)
+        path = self.folder / "vgg.h5"
+        other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="fc1")])
+        notop = keras.applications.VGG16(weights=None, include_top=False)
+        contents = {
+            "empty": lambda: path.write_bytes(b""),
+            "HTML": lambda: path.write_bytes(b"<html>log in</html>"),
+            "truncated": lambda: path.write_bytes(whole),
+            "missing": lambda: path.unlink(),
+            "another network": lambda: write_vgg_weights(path, other),
+            "no fc layers": lambda: write_vgg_weights(path, notop),
+        }
+        for name, write in contents.items():
+            with self.subTest(name):
+                write()
+                with self.assertRaises(ProgramError) as caught:
+                    main.load_vgg(path, 0.5)
+                self.assertIn(f"{path}: not VGG-16 weights", str(caught.exception))
+                self.assertNotIn("\n", str(caught.exception))
+
+
+class Layers(Case):
+    def model(self, **kwargs):
+        shapes = (None, None, 256), (None, None, 512), (None, None, 4096)
+        pools = [keras.Input(shape) for shape in shapes]
+        return keras.Model(pools, main.layers(*pools, 2, **kwargs))
+
+    def pools(self):
+        rng = np.random.default_rng(0)
+        shapes = (1, 8, 12, 256), (1, 4, 6, 512), (1, 2, 3, 4096)
+        return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+    def test_it_has_the_parameters_worked_out_by_hand(self):
+        scores = 4096 * 2 + 2 + 512 * 2 + 2 + 256 * 2 + 2
+        upsampling = 4 * 4 * 2 * 2 + 4 * 4 * 2 * 2 + 16 * 16 * 2 * 2
+        self.assertEqual(self.model().count_params(), scores + upsampling)
+
+    def test_logits_have_the_size_of_the_image(self):
+        self.assertEqual(self.model()(self.pools()).shape, (1, 64, 96, 2))
+
+    def test_upsampling_starts_bilinear(self):
+        model = self.model()
+        x = np.random.default_rng(0).normal(size=(1, 6, 7, 2)).astype(np.float32)
+        for name, factor in ("fc7", 2), ("pool4", 2), ("pool3", 8):
+            ours = model.get_layer(f"upscore_{name}")(x).numpy()
+            size = 6 * factor, 7 * factor
+            theirs = tf.image.resize(x, size).numpy()
+            inside = slice(factor, -factor)  # the border sees zeros, not its neighbour
+            np.testing.assert_allclose(
+                ours[:, inside, inside], theirs[:, inside, inside], atol=1e-5
+            )
+
+    def test_every_skip_reaches_the_logits_at_its_scale(self):
+        model, pools = self.model(), self.pools()
+        logits = model(pools).numpy()
+        scales = {0: 0.0001, 1: 0.01, 2: 1}
+        for index, name in enumerate(("pool3", "pool4", "fc7")):
+            changed = list(pools)
+            changed[index] = pools[index] + 1
+            kernel = model.get_layer(f"score_{name}").kernel.numpy()
+            expected = kernel.sum((0, 1, 2)) * scales[index]  # bilinear keeps constants
+            change = (model(changed).numpy() - logits)[0, 32, 48]
+            np.testing.assert_allclose(change, expected, rtol=2e-2, atol=1e-6)
+
+    def test_every_kernel_is_in_the_l2_term(self):
+        model = self.model(l2=0.01)
+        kernels = [w.numpy() for w in model.weights if "kernel" in w.path]
+        self.assertEqual(len(kernels), 6)
+        expected = 0.01 * sum((kernel**2).sum() for kernel in kernels)
+        self.assertAlmostEqual(float(sum(model.losses)), expected, places=5)
+
+
+# ---------------------------------------------------------------------- training
+
+
+def small_batch(count=2, seed=0):
+    """Return images, labels with void, and the weights of a batch at 32x64."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, 32, 64, 3), np.uint8)
+    labels = rng.choice(np.uint8([0, 1, VOID]), (count, 32, 64))
+    labels[:, :8] = VOID
+    weights = np.full(count, 1 / (labels != VOID).sum(), np.float32)
+    return images, labels, weights
+
+
+def cross_entropy_by_hand(logits, labels):
+    """Return the mean cross entropy over valid pixels, pixel by pixel."""
+    terms = []
+    for pixel, label in zip(logits.reshape(-1, 2).astype(float), labels.ravel()):
+        if label != VOID:
+            terms.append(np.log(np.exp(pixel).sum()) - pixel[label])
+    return np.mean(terms)
+
+
+class Optimize(Case):
+    def setUp(self):
+        super().setUp()
+        keras.utils.set_random_seed(0)
+        self.model, self.vgg = small_model()
+
+    def optimize(self, rate=0.001, vgg_rate=0.0001, epochs=3, steps=4, seed=0):
+        return main.optimize(self.model, self.vgg, rate, vgg_rate, epochs, steps, seed)
+
+    def test_the_loss_is_the_mean_over_valid_pixels_and_l2_is_apart(self):
+        dropout = next(y for y in self.model.layers if "dropout" in y.name)
+        dropout.rate = 0
+        images, labels, weights = small_batch()
+        logits = self.model(images).numpy()
+        l2 = float(sum(self.model.losses))
+        loss, ours, norm = self.optimize()[0](images, labels, weights).numpy()
+        self.assertAlmostEqual(loss, cross_entropy_by_hand(logits, labels), places=5)
+        self.assertAlmostEqual(ours, l2, places=6)
+        self.assertGreater(norm, 0)
+
+    def test_a_batch_of_nothing_but_void_gives_no_loss(self):
+        images, labels, weights = small_batch()
+        labels[:] = VOID
+        loss, l2, norm = self.optimize()[0](images, labels, weights).numpy()
+        self.assertEqual(loss, 0)
+        self.assertTrue(np.isfinite([l2, norm]).all())
+
+    def test_l2_is_in_what_is_minimised(self):
+        images, labels, weights = small_batch()
+        step, _ = self.optimize(epochs=100)
+        first = [step(images, np.full_like(labels, VOID), weights) for _ in range(20)]
+        self.assertLess(first[-1][1], first[0][1])
+
+    def test_a_step_is_adams_with_two_rates_and_a_clipped_gradient(self):
+        batches = [small_batch(seed=seed) for seed in range(6)]
+        dropout = next(y for y in self.model.layers if "dropout" in y.name)
+        dropout.rate = 0
+        start = [w.numpy().astype(float) for w in self.model.trainable_variables]
+        step, _ = self.optimize(rate=0.01, vgg_rate=0.002, epochs=3, steps=2)
+        for batch in batches:
+            step(*batch)
+        ends = [w.numpy() for w in self.model.trainable_variables]
+        # the same by hand: warm-up over 2 steps, then half a cosine over 4
+        rates = [0.005, 0.0075] + [
+            0.01 * (1 + np.cos(np.pi * k / 4)) / 2 for k in range(4)
+        ]
+        values, m, v = list(start), [0.0] * len(start), [0.0] * len(start)
+        slow = {variable.path for variable in self.vgg}
+        for t, ((images, labels, weights), rate) in enumerate(zip(batches, rates), 1):
+            for variable, value in zip(self.model.trainable_variables, values):
+                variable.assign(value)
+            with tf.GradientTape() as tape:
+                losses = keras.losses.SparseCategoricalCrossentropy(
+                    from_logits=True, ignore_class=VOID
+                )(labels, self.model(images))
+                total = losses + sum(self.model.losses)
+            gradients = tape.gradient(total, self.model.trainable_variables)
+            gradients = [gradient.numpy().astype(float) for gradient in gradients]
+            norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
+            for index, variable in enumerate(self.model.trainable_variables):
+                gradient = gradients[index] / max(norm, 1)
+                m[index] = 0.9 * m[index] + 0.1 * gradient
+                v[index] = 0.999 * v[index] + 0.001 * gradient**2
+                own = rate * (0.2 if variable.path in slow else 1)
+                corrected = own * np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+                change = corrected * m[index] / (np.sqrt(v[index]) + 1e-7)
+                values[index] = values[index] - change
+        self.assertEqual(len(slow), 6)
+        for ours, theirs, before in zip(ends, values, start):
+            self.assertGreater(np.abs(theirs - before).max(), 1e-4)
+            np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+    def test_the_rate_rises_over_an_epoch_and_falls_to_zero(self):
+        step, state = self.optimize(rate=0.01, epochs=3, steps=4)
+        rates = []
+        for _ in range(12):
+            rates.append(float(state.optimizer.learning_rate))
+            step(*small_batch())
+        rates.append(float(state.optimizer.learning_rate))
+        np.testing.assert_allclose(np.diff(rates[:5]), 0.001875, rtol=1e-3)
+        self.assertAlmostEqual(rates[4], 0.01, places=6)
+        self.assertAlmostEqual(rates[8], 0.005, places=6)
+        self.assertAlmostEqual(rates[12], 0, places=6)
+
+    def test_one_epoch_is_warm_up_only(self):
+        step, state = self.optimize(rate=0.01, epochs=1, steps=4)
+        for _ in range(4):
+            step(*small_batch())
+        self.assertAlmostEqual(float(state.optimizer.learning_rate), 0.01, places=6)
+
+    def test_dropout_is_a_function_of_seed_and_step(self):
+        batch = small_batch()
+        step, state = self.optimize(vgg_rate=0, rate=1e-12)
+        first, second = step(*batch)[0], step(*batch)[0]
+        state.step.assign(0)
+        self.assertAlmostEqual(float(step(*batch)[0]), float(first), places=7)
+        self.assertNotAlmostEqual(float(second), float(first), places=6)
+        other, _ = self.optimize(vgg_rate=0, rate=1e-12, seed=1)
+        self.assertNotAlmostEqual(float(other(*batch)[0]), float(first), places=6)
+
+    def test_it_learns_a_small_batch(self):
+        images, labels, weights = small_batch()
+        images[labels == 1] //= 4  # road is dark, hence to be learnt
+        labels = np.where(labels == VOID, 0, labels)
+        labels[:] = labels[:, :, :1]
+        images[:] = labels[..., None] * 200
+        weights[:] = 1 / labels.size
+        step, _ = self.optimize(rate=0.01, vgg_rate=0.01, epochs=60, steps=1)
+        losses = [float(step(images, labels, weights)[0]) for _ in range(60)]
+        self.assertLess(np.mean(losses[-5:]), losses[0] / 2)
+
+
+class Evaluate(Case):
+    def test_loss_and_scores_are_those_of_all_valid_pixels(self):
+        keras.utils.set_random_seed(0)
+        model, _ = small_model()
+        batches = [small_batch(2, seed=0), small_batch(1, seed=1)]
+        images, labels = (np.concatenate(part) for part in list(zip(*batches))[:2])
+        logits = model(images).numpy().astype(float)
+        road = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
+        found, is_road = (np.round(road * 255) >= 128), labels == 1
+        valid = labels != VOID
+        both = (found & is_road & valid).sum()
+        either = ((found | is_road) & valid).sum()
+        ours = main.evaluate(model, batches)
+        loss = cross_entropy_by_hand(logits, labels)
+        self.assertAlmostEqual(ours["holdout_loss"], loss, places=4)
+        self.assertAlmostEqual(ours["IoU"], 100 * both / either, delta=0.05)
+        right = 100 * (found == is_road)[valid].mean()
+        self.assertAlmostEqual(ours["accuracy"], right, delta=0.05)
+
+    def test_without_images_there_are_no_scores(self):
+        self.assertEqual(main.evaluate(None, []), {})
+
+
+class TrainNn(Case):
+    def train(self, values, epochs=2, steps=10):
+        """Train on a train_step that answers `values`; return the epochs' records."""
+        asked, records = [], []
+
+        def get_batches_fn(batch_size, steps):
+            asked.append((batch_size, steps))
+            return [(step,) for step in steps]
+
+        main.train_nn(
+            epochs,
+            3,
+            get_batches_fn,
+            lambda step: tf.constant(values[step]),
+            steps,
+            lambda step: [f"file {step}", "another"],
+            records.append,
+        )
+        self.assertEqual(asked, [(3, range(epochs * steps))])
+        return records
+
+    def test_a_record_is_the_mean_over_its_epoch(self):
+        values = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+        records = self.train(values)
+        self.assertEqual([record["epoch"] for record in records], [1, 2])
+        self.assertEqual([record["step"] for record in records], [10, 20])
+        for record, part in zip(records, (values[:10], values[10:])):
+            ours = [record[name] for name in ("loss", "l2", "gradient_norm")]
+            np.testing.assert_allclose(ours, part.mean(0), rtol=1e-5)
+            speed = 30 / record["seconds"]
+            self.assertAlmostEqual(record["images_per_second"], speed)
+
+    def test_a_loss_that_is_not_finite_stops_it_with_its_own_step(self):
+        values = np.ones((20, 3), np.float32)
+        values[13, 0] = np.nan
+        values[14:] = np.nan
+        seen = []
+        with self.assertRaises(ProgramError) as caught:
+            seen = self.train(values)
+        self.assertRegex(str(caught.exception), "step 13 .* nan.*file 13, another")
+        self.assertIn("--learning-rate", str(caught.exception))
+        self.assertEqual(seen, [])
+        values[13, 0], values[14:] = 1, 1
+        values[9, 2] = np.inf
+        with self.assertRaisesRegex(ProgramError, "step 9 .*norm inf"):
+            self.train(values)
+
+    def test_losses_are_fetched_once_a_second_not_at_every_step(self):
+        values = np.ones((50, 3), np.float32)
+        clock = iter(np.arange(0, 1000, 0.1))
+        self.patch(main.time, "perf_counter", lambda: next(clock))  # twice a step
+        with mock.patch.object(tf, "stack", side_effect=tf.stack) as stack:
+            self.train(values, epochs=1, steps=50)
+        sizes = [len(call.args[0]) for call in stack.call_args_list]
+        self.assertEqual(sum(sizes), 50)
+        self.assertTrue(all(4 <= size <= 6 for size in sizes[:-1]), sizes)
+
+
+# --------------------------------------------------------------------- inference
+
+
+class Inference(Case):
+    def setUp(self):
+        super().setUp()
+        keras.utils.set_random_seed(0)
+        self.model, _ = small_model()
+
+    def images(self, *shape):
+        return np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+
+    def test_a_probability_has_the_size_of_its_image(self):
+        for height, width in (33, 70), (375, 1242), (32, 64):
+            images = self.images(2, height, width)
+            road = helper.predict_road(self.model, images, (32, 64)).numpy()
+            self.assertEqual((road.shape, road.dtype), (images.shape[:3], np.float32))
+            self.assertTrue(0 <= road.min() and road.max() <= 1)
+
+    def test_it_is_the_softmax_at_network_size_resized_back(self):
+        images = self.images(1, 64, 128)
+        small = helper.resize_image(images, (32, 64))
+        logits = self.model(small).numpy()[0].astype(float)
+        road = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
+        back = Image.fromarray(road.astype(np.float32)).resize(
+            (128, 64), Image.Resampling.BILINEAR
+        )
+        ours = helper.predict_road(self.model, images, (32, 64)).numpy()[0]
+        np.testing.assert_allclose(ours, np.asarray(back), atol=1e-5)
+
+    def test_an_image_gets_the_same_alone_and_in_a_batch(self):
+        images = self.images(3, 40, 80)
+        together = helper.predict_road(self.model, images, (32, 64)).numpy()
+        alone = helper.predict_road(self.model, images[1:2], (32, 64)).numpy()
+        np.testing.assert_allclose(together[1:2], alone, atol=1e-6)
+
+    def test_an_overlay_is_half_green_where_road_is_as_likely_as_not(self):
+        image = np.uint8([[[10, 20, 30], [255, 255, 255], [100, 100, 101]]])
+        road = np.float32([[0.49, 0.5, 1]])
+        expected = [[[10, 20, 30], [127, 255, 127], [50, 177, 50]]]
+        self.assertEqual(helper.overlay(image, road).tolist(), expected)
+
+    def test_overlays_have_the_names_and_sizes_of_their_images(self):
+        paths = []
+        for index, size in enumerate([(90, 40), (80, 40), (80, 40), (90, 40)]):
+            paths.append(self.folder / f"um_{index:06}.png")
+            Image.new("RGB", size, (index, 0, 0)).save(paths[-1])
+        out = self.folder / "out"
+        out.mkdir()
+        helper.save_inference_samples(out, self.model, paths, (32, 64), 3)
+        self.assertEqual(self.files(out), [path.name for path in paths])
+        for path in paths:
+            image = helper.read_image(path)
+            road = helper.predict_road(self.model, image[None], (32, 64)).numpy()[0]
+            expected = helper.overlay(image, road)
+            np.testing.assert_array_equal(helper.read_image(out / path.name), expected)
+
+    def test_a_broken_test_image_leaves_no_overlay(self):
+        paths = [self.folder / "a.png", self.folder / "b.png"]
+        Image.new("RGB", (64, 32)).save(paths[0])
+        paths[1].write_bytes(b"no image")
+        out = self.folder / "out"
+        out.mkdir()
+        with self.assertRaisesRegex(ProgramError, "b.png"):
+            helper.save_inference_samples(out, self.model, paths, (32, 64), 1)
+        self.assertEqual(list(out.iterdir()), [])
+
+
+class Scores(Case):
+    def test_the_histogram_counts_valid_pixels_by_class_and_confidence(self):
+        rng = np.random.default_rng(0)
+        road = rng.random((2, 9, 11)).astype(np.float32)
+        labels = rng.choice(np.uint8([0, 1, VOID]), road.shape)
+        expected = np.zeros((2, 256))
+        for value, label in zip(road.ravel(), labels.ravel()):
+            if label != VOID:
+                expected[label, int(np.rint(np.float32(value * 255)))] += 1
+        ours = helper.confidence_histogram(road, labels)
+        np.testing.assert_array_equal(ours, expected)
+
+    def test_scores_are_the_sums_worked_out_by_hand(self):
+        histogram = np.zeros((2, 256))
+        histogram[0, 0], histogram[0, 200] = 70, 10  # background
+        histogram[1, 100], histogram[1, 220] = 5, 15  # road
+        # from threshold 201: TP 15, FP 0, F1 30/35; up to 100: TP 20, FP 10, F1 40/50
+        ours = helper.scores(histogram)
+        expected = {
+            "MaxF": 600 / 7,
+            "PRE": 100,
+            "REC": 75,
+            "FPR": 0,
+            "FNR": 25,
+            "threshold": 100 * 201 / 255,
+            "IoU": 75,
+            "IoU50": 100 * 15 / 30,
+            "accuracy": 85,
+            "AP": (8 * 100 + 3 * 200 / 3) / 11,  # recall 0 to 0.7, and 0.8 to 1
+        }
+        self.assertEqual(set(ours), set(expected))
+        for name, value in expected.items():
+            self.assertAlmostEqual(ours[name], value, places=6, msg=name)
+
+    def test_a_perfect_and_a_constant_prediction(self):
+        perfect = np.zeros((2, 256))
+        perfect[0, 0], perfect[1, 255] = 30, 10
+        ours = helper.scores(perfect)
+        for name in "MaxF", "AP", "PRE", "REC", "IoU", "IoU50", "accuracy":
+            self.assertAlmostEqual(ours[name], 100, places=6, msg=name)
+        constant = np.zeros((2, 256))
+        constant[:, 77] = 30, 10
+        ours = helper.scores(constant)
+        self.assertAlmostEqual(ours["MaxF"], 40, places=6)  # P 1/4, R 1
+        self.assertAlmostEqual(ours["AP"], 25, places=6)
+        self.assertAlmostEqual(ours["FPR"], 100, places=6)
+
+    def test_nothing_to_score_is_no_division_by_zero(self):
+        ours = helper.scores(np.zeros((2, 256)))
+        self.assertTrue(np.isfinite(list(ours.values())).all())
+
+
+# --------------------------------------------------------------------------- run
+
+
+class Run(Case):
+    """The whole program, in this process, on drawn data and the small encoder."""
+
+    def setUp(self):
+        super().setUp()
+        self.patch(main, "load_vgg", small_vgg)
+        helper.maybe_draw_kitti_road(self.folder / "data", training=18, testing=3)
+
+    def main(self, *arguments):
+        """Run main.py; return its exit code, stdout and stderr."""
+        paths = ["--data-dir", self.folder / "data", "--runs-dir", self.folder / "runs"]
+        small = ["--image-height=32", "--image-width=96", "--epochs=2", "--vgg=random"]
+        command = [str(part) for part in (*paths, *small, *arguments)]
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            try:
+                code = main.main(command)
+            except SystemExit as leaving:
+                code = leaving.code
+        return code, output.getvalue(), errors.getvalue()
+
+    def run_dirs(self):
+        return sorted((self.folder / "runs").glob("*"))
+
+    def test_a_run_writes_what_the_readme_promises(self):
+        code, output, errors = self.main("--learning-rate", "0.01")
+        self.assertEqual((code, errors), (0, ""))
+        (run_dir,) = self.run_dirs()
+        tests = ["um_000000.png", "umm_000000.png", "uu_000000.png"]
+        self.assertEqual(
+            self.files(run_dir), sorted(["best.weights.h5", "run.json", *tests])
+        )
+        self.assertEqual(len(list(run_dir.iterdir())), 5)  # nothing hidden either
+        run = json.loads((run_dir / "run.json").read_text())
+        self.assertTrue(run["finished"])
+        self.assertEqual(run["config"]["learning_rate"], 0.01)
+        self.assertEqual(run["config"]["batch_size"], 5)
+        self.assertEqual(run["data"], {"training": 15, "holdout": 3, "test": 3})
+        self.assertEqual(run["versions"]["tensorflow"], tf.__version__)
+        self.assertEqual([epoch["step"] for epoch in run["history"]], [3, 6])
+        best = max(run["history"], key=lambda epoch: epoch["MaxF"])
+        self.assertEqual(run["best_epoch"], best["epoch"])
+        for epoch in run["history"]:
+            self.assertIn(f"MaxF {epoch['MaxF']:.5g}", output)
+        self.assertIn("no GPU: an epoch takes about", output)
+        self.assertIn(str(run_dir), output)
+
+    def test_the_weights_are_those_of_the_best_epoch(self):
+        scores = iter([{"MaxF": 50.0}, {"MaxF": 90.0}, {"MaxF": 70.0}])
+        weights = []
+
+        def evaluate(model, batches):
+            weights.append(model.get_weights())
+            return next(scores)
+
+        self.patch(main, "evaluate", evaluate)
+        self.assertEqual(self.main("--epochs", "3")[0], 0)
+        (run_dir,) = self.run_dirs()
+        model, _ = small_model()
+        model.load_weights(run_dir / "best.weights.h5")
+        for ours, theirs, last in zip(model.weights, weights[1], weights[2]):
+            if "seed_generator" not in ours.path:
+                np.testing.assert_array_equal(ours, theirs)
+        self.assertFalse(np.array_equal(weights[1][0], weights[2][0]))
+        self.assertEqual(
+            json.loads((run_dir / "run.json").read_text())["best_epoch"], 2
+        )
+        path = self.folder / "data/data_road/testing/image_2/um_000000.png"
+        image = helper.read_image(path)
+        road = helper.predict_road(model, image[None], (32, 96)).numpy()[0]
+        overlay = helper.read_image(run_dir / path.name)
+        np.testing.assert_array_equal(overlay, helper.overlay(image, road))
+
+    def test_the_same_seed_gives_the_same_bits(self):
+        for seed in 1, 1, 2:
+            self.assertEqual(self.main("--seed", seed)[0], 0)
+        weights, losses = [], []
+        for run_dir in self.run_dirs():
+            model, _ = small_model()
+            model.load_weights(run_dir / "best.weights.h5")
+            weights.append([v.numpy().tolist() for v in model.trainable_variables])
+            history = json.loads((run_dir / "run.json").read_text())["history"]
+            losses.append([(e["loss"], e["MaxF"], e["holdout_loss"]) for e in history])
+        self.assertEqual(losses[0], losses[1])
+        self.assertEqual(weights[0], weights[1])
+        self.assertNotEqual(losses[0], losses[2])
+
+    def test_runs_of_one_second_do_not_collide(self):
+        self.patch(helper.time, "strftime", lambda form: "20261122-141500")
+        for _ in range(3):
+            self.assertEqual(self.main("--epochs", "0")[0], 0)
+        names = [path.name for path in self.run_dirs()]
+        expected = ["20261122-141500", "20261122-141500-2", "20261122-141500-3"]
+        self.assertEqual(names, expected)
+
+    def test_without_holdout_it_trains_on_all_and_the_last_is_best(self):
+        code, output, _ = self.main("--holdout-fraction", "0")
+        self.assertEqual(code, 0)
+        self.assertIn("no hold-out", output)
+        (run_dir,) = self.run_dirs()
+        run = json.loads((run_dir / "run.json").read_text())
+        self.assertEqual(run["data"]["training"], 18)
+        self.assertEqual((run["best_epoch"], run["scores"]), (2, {}))
+        self.assertNotIn("MaxF", run["history"][0])
+
+    def test_the_demo_draws_its_own_data_and_settings_win_over_its_own(self):
+        config = main.parse(["--demo", "--image-width", "96"])
+        self.assertEqual((config.image_height, config.image_width), (64, 96))
+        self.assertEqual(config.vgg, "random")
+        self.assertEqual(main.parse([]).image_height, 160)
+        data = self.folder / "data" / "data_road"
+        shutil.rmtree(data)
+        code, output, _ = self.main("--demo", "--epochs", "0")
+        self.assertEqual(code, 0)
+        self.assertIn("a demonstration on drawn roads", output)
+        self.assertTrue((data.parent / "demo" / "data_road").is_dir())
+        self.assertFalse(data.exists())
+
+    def test_every_setting_is_explained(self):
+        code, output, _ = self.main("--help")
+        self.assertEqual(code, 0)
+        for name in main.Config.__dataclass_fields__:
+            self.assertIn("--" + name.replace("_", "-"), output)
+        self.assertIn("0.0001", output)
+
+    def assert_refused(self, code, *arguments, said=""):
+        found, _, errors = self.main(*arguments)
+        self.assertEqual(found, code, errors)
+        self.assertRegex(errors, said)
+        self.assertEqual(errors.count("\n"), 1, errors)
+        self.assertNotIn("Traceback", errors)
+        for run_dir in self.run_dirs():
+            self.assertFalse(list(run_dir.glob("*")), "something is left")
+
+    def test_impossible_settings_are_refused_with_one_line(self):
+        for line in (
+            "--epochs -1",
+            "--epochs 1.5",
+            "--batch-size 0",
+            "--batch-size five",
+            "--learning-rate nan",
+            "--learning-rate 0",
+            "--vgg-learning-rate inf",
+            "--keep-prob 0",
+            "--keep-prob 1.01",
+            "--l2 -0.1",
+            "--image-height 100",
+            "--image-height 0",
+            "--image-width -32",
+            "--holdout-fraction 1",
+            "--seed -1",
+            "--epoch 3",
+            "--bogus",
+            "more",
+        ):
+            with self.subTest(line):
+                self.assert_refused(2, *line.split(), said=line.split()[0])
+
+    def test_bad_data_ends_with_one_line_and_no_run(self):
+        training = self.folder / "data" / "data_road" / "training"
+        image = training / "image_2" / "umm_000004.png"
+        label = training / "gt_image_2" / "umm_road_000004.png"
+        self.assert_refused(1, "--batch-size", "16", said="16 is more than the 15")
+        for path, said in (image, "not a readable image"), (label, "not a readable"):
+            whole = path.read_bytes()
+            path.write_bytes(whole[:5000] if path == image else whole[:200])
+            self.assert_refused(1, said=f"{path.name}: {said}")
+            path.write_bytes(whole)
+        label.rename(self.folder / "label.png")
+        self.assert_refused(1, said="umm_000004.png has no label")
+        shutil.rmtree(training / "image_2")
+        self.assert_refused(1, said="no images in")
+
+    def test_runs_that_cannot_be_written_end_with_one_line(self):
+        (self.folder / "file").write_text("not a folder")
+        runs = self.folder / "file" / "runs"
+        self.assert_refused(1, "--runs-dir", runs, said=str(runs))
+        usage = mock.Mock(return_value=mock.Mock(free=1000))
+        with mock.patch.object(shutil, "disk_usage", usage):
+            self.assert_refused(1, said="a run takes .* MB")
+        full = OSError(28, "No space left on device", "weights")
+        with mock.patch.object(keras.Model, "save_weights", side_effect=full):
+            self.assert_refused(1, said="No space left on device")
+        self.assertEqual(self.run_dirs(), [])
+
+    def test_a_failure_after_training_does_not_look_finished(self):
+        path = self.folder / "data/data_road/testing/image_2/uu_000000.png"
+        path.write_bytes(path.read_bytes()[:9999])
+        code, _, errors = self.main()
+        self.assertEqual((code, errors.count("\n")), (1, 1))
+        (run_dir,) = self.run_dirs()
+        self.assertEqual(self.files(run_dir), ["best.weights.h5", "run.json"])
+        self.assertFalse(json.loads((run_dir / "run.json").read_text())["finished"])
+
+    def test_ctrl_c_ends_it_with_one_line(self):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        self.patch(main, "train_nn", interrupt)
+        self.assert_refused(130, said="stopped")
+        self.assertEqual(self.run_dirs(), [])
+
+    def test_a_process_says_no_more_than_its_line(self):
+        """Once as a process, for what only shows there: import, exit code, signal."""
+        main_py = Path(main.__file__)
+        command = [
+            sys.executable,
+            str(main_py),
+            "--data-dir",
+            str(self.folder / "none"),
+        ]
+        command += ["--runs-dir", str(self.folder / "runs"), "--vgg", "random"]
+        (self.folder / "none" / "data_road").mkdir(parents=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 1)
+        ours = [line for line in done.stderr.splitlines() if "no images in" in line]
+        self.assertEqual(ours, done.stderr.splitlines()[-1:])
+        self.assertNotIn("Traceback", done.stderr)
+        command[3] = str(self.folder / "data")
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            process.stdout.readline()  # the program has begun
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 130, errors)
+        self.assertEqual(errors.splitlines()[-1], "stopped by Ctrl-C")
+        self.assertNotIn("Traceback", errors)
+
+
+if __name__ == "__main__":
+    program = unittest.main(exit=False, buffer=True)
+    result = program.result
+    failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
+    passed = result.testsRun - failed - len(result.skipped)
+    print(f"{max(passed, 0)} passed, {failed} failed")
+    sys.exit(failed > 0 or passed <= 0)
