@@ -14,7 +14,6 @@ import shutil
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -183,21 +182,13 @@ def maybe_download_kitti_road(data_dir):
             if not folder.exists():
                 download(KITTI_URLS, archive)
                 _unpack(archive, folder)
-    counts = tuple(
-        len(list((folder / pattern).parent.glob(Path(pattern).name)))
-        for pattern in (
-            "training/image_2/[!.]*.png",
-            "training/gt_image_2/*_road_*.png",
-            "testing/image_2/[!.]*.png",
-        )
-    )
+    images, labels = "image_2/[!.]*.png", "gt_image_2/[!.]*_road_*.png"
+    patterns = f"training/{images}", f"training/{labels}", f"testing/{images}"
+    counts = tuple(len(list(folder.glob(pattern))) for pattern in patterns)
     if counts != KITTI_COUNTS:
-        print(
-            "{}: {} training images, {} road labels, {} test images ".format(
-                folder, *counts
-            )
-            + "(the full set has {}, {} and {})".format(*KITTI_COUNTS)
-        )
+        words = "{} training images, {} road labels, {} test images"
+        full = words.format(*KITTI_COUNTS)
+        print(f"{folder}: {words.format(*counts)}; the full set: {full}")
 
 
 def _unpack(archive, folder):
@@ -264,19 +255,19 @@ def category(path):
     return path.stem.rpartition("_")[0]
 
 
-def find_images(data_dir):
-    """Return the training images as (image path, label path), and the test images.
+def find_images(data_dir, holdout_fraction, batch_size):
+    """Return the training and hold-out images, each with its label, and the test images.
 
-    Both in name order. Raises ProgramError without training images or for one without
-    label.
+    All of them paths in name order. Raises ProgramError for an image without label and
+    for fewer training images than `batch_size`.
     """
     folder = data_dir / "data_road" / "training"
     samples = []
     for image in sorted((folder / "image_2").glob("[!.]*.png")):
-        number = image.stem.removeprefix(category(image))  # "_000000"
-        label = folder / "gt_image_2" / f"{category(image)}_road{number}.png"
+        kind, _, number = image.stem.rpartition("_")
+        label = folder / "gt_image_2" / f"{kind}_road_{number}.png"
         if not label.exists():
-            lane = label.with_name(f"{category(image)}_lane{number}.png")
+            lane = label.with_name(f"{kind}_lane_{number}.png")
             other = f" ({lane.name} is another task)" if lane.exists() else ""
             raise ProgramError(f"{image} has no label {label}{other}: add the label")
         samples.append((image, label))
@@ -285,7 +276,16 @@ def find_images(data_dir):
             f"no images in {folder / 'image_2'}: unpack data_road.zip into {data_dir}, "
             f"or remove {data_dir / 'data_road'} and let the program download it"
         )
-    return samples, sorted((folder.parent / "testing" / "image_2").glob("[!.]*.png"))
+    training, holdout = split_holdout(samples, holdout_fraction)
+    if batch_size > len(training):
+        raise ProgramError(
+            f"--batch-size {batch_size} is more than the {len(training)} training "
+            f"images of {data_dir}: lower it, or --holdout-fraction"
+        )
+    if not holdout:
+        print("no hold-out: no scores, and the last weights count as the best")
+    tests = sorted((data_dir / "data_road/testing/image_2").glob("[!.]*.png"))
+    return training, holdout, tests
 
 
 def split_holdout(samples, fraction):
@@ -295,7 +295,7 @@ def split_holdout(samples, fraction):
     neighbouring frames, nearly equal, stay on one side.
     """
     training, holdout = [], []
-    for _, group in itertools.groupby(samples, key=lambda sample: category(sample[0])):
+    for _, group in itertools.groupby(samples, lambda s: s[0].stem.rpartition("_")[0]):
         group = list(group)
         cut = len(group) - round(len(group) * fraction)
         training += group[:cut]
@@ -316,12 +316,6 @@ def batch_rows(step, count, batch_size, seed):
     return order[step % steps_per_epoch * batch_size :][:batch_size]
 
 
-def batch_names(samples, batch_size, seed, step):
-    """Return the names of the images in training step `step`."""
-    rows = batch_rows(step, len(samples), batch_size, seed)
-    return [samples[row][0].name for row in rows]
-
-
 def augment(images, labels, seed):
     """Flip half of the images, with their labels, and jitter contrast and brightness.
 
@@ -339,9 +333,10 @@ def augment(images, labels, seed):
 
 
 def gen_batch_function(samples, image_shape, seed=0):
-    """Decode and resize `samples` once; return get_batches_fn over them.
+    """Decode and resize `samples` once; return get_batches_fn and names over them.
 
-    get_batches_fn(batch_size, steps) is a tf.data.Dataset of images (B, H, W, 3)
+    names(batch_size, step) lists a training step's files. get_batches_fn(batch_size,
+    steps) is a tf.data.Dataset of images (B, H, W, 3)
     uint8, labels (B, H, W) uint8 and weights (B,) float32: a valid pixel's share of
     the batch's loss. With `steps`, a range, it gives those training steps, shuffled
     and augmented; without, every sample once, as it is, in order.
@@ -386,7 +381,11 @@ def gen_batch_function(samples, image_shape, seed=0):
             dataset = dataset.map(training_batch, tf.data.AUTOTUNE)
         return dataset.map(weigh).prefetch(tf.data.AUTOTUNE)
 
-    return get_batches_fn
+    def names(batch_size, step):
+        rows = batch_rows(step, len(samples), batch_size, seed)
+        return [samples[row][0].name for row in rows]
+
+    return get_batches_fn, names
 
 
 # A level camera 1.65 m above the road, with the focal length and centre of KITTI's:
@@ -428,13 +427,13 @@ def draw_scene(kind, rng):
     road = Image.new("RGB", size, (255, 0, 0))
     lane = road.copy()
     draw, draw_road = ImageDraw.Draw(image), ImageDraw.Draw(road)
-    draw.rectangle((0, 178, *size), colour((50, 80, 20), (110, 140, 60)))
+    draw.rectangle((0, 178, *size), colour((50, 90, 20), (90, 140, 50)))
     for left in range(-100, size[0], 90):  # houses and trees along the horizon
         top, width = rng.integers(60, 170), rng.integers(40, 130)
         draw.rectangle((left, top, left + width, 182), colour(90, 160))
-    asphalt = rng.integers(80, 130)
+    asphalt = rng.integers(90, 130)
     side = half + rng.uniform(1, 3)
-    draw.polygon(strip(half, side), (int(asphalt + rng.integers(25, 60)),) * 3)
+    draw.polygon(strip(half, side), (int(asphalt + rng.integers(20, 50)),) * 3)
     draw.polygon(strip(-half, half), (int(asphalt),) * 3)
     draw_road.polygon(strip(half, side), (0, 0, 0))
     draw_road.polygon(strip(-half, half), (255, 0, 255))

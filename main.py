@@ -7,7 +7,6 @@ Config, load_vgg, layers, optimize, train_nn, run.
 
 import argparse
 import dataclasses
-import functools
 import math
 import os
 import shutil
@@ -61,7 +60,7 @@ class Config:
     demo: Annotated[bool, "anything", "drawn data, small images, no download"] = False
 
 
-DEMO = {"epochs": 5, "image_height": 64, "image_width": 192, "vgg": "random"}
+DEMO = "--epochs 6 --image-height 64 --image-width 192 --keep-prob 1 --vgg random"
 
 
 def parse(argv):
@@ -101,7 +100,7 @@ def parse(argv):
                 help=f"{meaning} (%(default)s)",
             )
     if parser.parse_args(argv).demo:
-        parser.set_defaults(**DEMO)
+        argv = DEMO.split() + argv  # the last one counts
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -122,14 +121,7 @@ def load_vgg(vgg_path, keep_prob):
     vgg = keras.applications.VGG16(include_top=False, weights=None, input_tensor=x)
     x = vgg.output  # (B, H/32, W/32, 512)
     for name, side in ("fc1", 7), ("fc2", 1):  # Keras's names of fc6 and fc7
-        x = keras.layers.Conv2D(
-            4096,
-            side,
-            padding="same",
-            activation="relu",
-            kernel_initializer="zeros",
-            name=name,
-        )(x)
+        x = keras.layers.Conv2D(4096, side, 1, "same", activation="relu", name=name)(x)
         x = keras.layers.Dropout(1 - keep_prob, name=f"{name}_dropout")(x)
     encoder = keras.Model(image_input, x)
     weighted = [layer for layer in encoder.layers if layer.weights]
@@ -170,12 +162,14 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
     Every kernel carries the L2 term l2 * sum(w^2).
     """
 
+    l2_term = keras.regularizers.L2(l2)
+
     def score(x, name):
         return keras.layers.Conv2D(
             num_classes,
             1,
             kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
-            kernel_regularizer=keras.regularizers.L2(l2),
+            kernel_regularizer=l2_term,
             name=f"score_{name}",
         )(x)
 
@@ -190,11 +184,11 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
         return keras.layers.Conv2DTranspose(
             num_classes,
             2 * factor,
-            strides=factor,
-            padding="same",
+            factor,
+            "same",
             use_bias=False,
             kernel_initializer=bilinear,
-            kernel_regularizer=keras.regularizers.L2(l2),
+            kernel_regularizer=l2_term,
             name=f"upscore_{name}",
         )(x)
 
@@ -221,9 +215,7 @@ def cross_entropy(logits, labels):
 class Adam(keras.optimizers.Adam):
     """Adam with a factor on the rate for each variable, in their order at build."""
 
-    def __init__(self, learning_rate, factors):
-        super().__init__(learning_rate)
-        self.factors = factors
+    factors = ()
 
     def update_step(self, gradient, variable, learning_rate):
         # the fused kernel: Keras's own update makes ten copies of fc6's 411 MB
@@ -269,12 +261,11 @@ def optimize(
     slow = {variable.path for variable in vgg_variables}
     variables = model.trainable_variables
     factor = vgg_learning_rate / learning_rate
-    optimizer = Adam(schedule, [factor if v.path in slow else 1.0 for v in variables])
+    optimizer = Adam(schedule)
+    optimizer.factors = [factor if v.path in slow else 1.0 for v in variables]
     optimizer.build(variables)
     step = tf.Variable(0, dtype=tf.int64)
-    dropouts = [
-        layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)
-    ]
+    dropouts = [y for y in model.layers if hasattr(y, "seed_generator")]
 
     @tf.function
     def train_step(images, labels, weights):
@@ -308,54 +299,50 @@ def evaluate(model, batches):
     if not results:
         return {}
     loss, histogram = (np.sum(part, axis=0, dtype=np.float64) for part in zip(*results))
+    if not np.isfinite(loss):
+        raise ProgramError(f"the hold-out loss is {loss}: lower --learning-rate")
     measures = helper.scores(histogram)
-    return {
-        "holdout_loss": loss / max(histogram.sum(), 1),
-        "MaxF": measures["MaxF"],
-        "IoU": measures["IoU50"],
-        "accuracy": measures["accuracy"],
-    }
+    names = {"MaxF": "MaxF", "IoU": "IoU50", "accuracy": "accuracy"}
+    shown = {name: measures[measure] for name, measure in names.items()}
+    return {"holdout_loss": loss / max(histogram.sum(), 1), **shown}
 
 
 def train_nn(
-    epochs, batch_size, get_batches_fn, train_step, steps_per_epoch, names, end_epoch
+    epochs, batch_size, get_batches_fn, names, train_step, steps_per_epoch, end_epoch
 ):
     """Train for `epochs` epochs of `steps_per_epoch` steps.
 
-    get_batches_fn and train_step are those of gen_batch_function and optimize;
-    names(step) lists a batch's files. end_epoch gets a record of each epoch's means and
-    speed. Raises ProgramError at a loss that is not finite, with the step it first
-    happened in; end_epoch never sees that epoch.
+    get_batches_fn and names are those of gen_batch_function, train_step is that of
+    optimize; end_epoch gets a record of each epoch's means and speed. Raises
+    ProgramError at a loss that is not finite, with the step it first happened in and
+    its files; end_epoch never sees that epoch.
     """
-    steps = range(epochs * steps_per_epoch)
-    batches = iter(get_batches_fn(batch_size, steps))
-    for epoch in range(epochs):
+    batches = iter(get_batches_fn(batch_size, range(epochs * steps_per_epoch)))
+    step = 0
+    for epoch in range(1, epochs + 1):
         start = fetched = time.perf_counter()
         pending, values = [], []
-        bar = tqdm(
-            desc=f"epoch {epoch + 1}/{epochs}",
-            total=steps_per_epoch,
-            leave=False,
-            disable=None,
-        )
-        for step in steps[epoch * steps_per_epoch :][:steps_per_epoch]:
+        bar = tqdm(None, f"epoch {epoch}", steps_per_epoch, leave=False, disable=None)
+        while len(values) < steps_per_epoch:
             before = time.perf_counter()
             pending.append(train_step(*next(batches)))
             now = time.perf_counter()
-            if step == 1 and not tf.config.list_physical_devices("GPU"):
+            step += 1
+            if step == 2 and not tf.config.list_physical_devices("GPU"):
                 minutes = (now - before) * steps_per_epoch / 60
                 bar.write(f"no GPU: an epoch takes about {minutes:.1f} minutes")
-            if now - fetched < 1 and len(values) + len(pending) < steps_per_epoch:
+            if now - fetched < 1 and step < epoch * steps_per_epoch:
                 continue
             # here the host waits for the device, hence once a second, not every step
             for value in tf.stack(pending).numpy().astype(float):
                 if not np.isfinite(value).all():
-                    bad = epoch * steps_per_epoch + len(values)
-                    loss, l2, norm = value
+                    bad = (epoch - 1) * steps_per_epoch + len(values)
                     raise ProgramError(
-                        f"step {bad} gave loss {loss}, L2 {l2}, gradient norm {norm} "
-                        f"on {', '.join(names(bad))}: look at these files, or lower "
-                        "--learning-rate and --vgg-learning-rate"
+                        "step {} gave loss {}, L2 {}, gradient norm {} on {}: look at "
+                        "these files, or lower --learning-rate and "
+                        "--vgg-learning-rate".format(
+                            bad, *value, ", ".join(names(batch_size, bad))
+                        )
                     )
                 values.append(value)
             pending, fetched = [], now
@@ -363,18 +350,12 @@ def train_nn(
             bar.set_postfix(loss=f"{values[-1][0]:.4f}")
         bar.close()
         seconds = time.perf_counter() - start
-        loss, l2, norm = np.mean(values, axis=0)
-        end_epoch(
-            {
-                "epoch": epoch + 1,
-                "step": (epoch + 1) * steps_per_epoch,
-                "loss": loss,
-                "l2": l2,
-                "gradient_norm": norm,
-                "seconds": seconds,
-                "images_per_second": steps_per_epoch * batch_size / seconds,
-            }
-        )
+        means = zip(("loss", "l2", "gradient_norm"), np.mean(values, axis=0))
+        speed = {
+            "seconds": seconds,
+            "images_per_second": len(values) * batch_size / seconds,
+        }
+        end_epoch({"epoch": epoch, "step": step, **dict(means), **speed})
 
 
 # ----------------------------------------------------------------------- program
@@ -386,11 +367,8 @@ def describe_device():
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
     if not gpus and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
-        print(
-            "TensorFlow cannot use the NVIDIA GPU here, going on with the CPU: install "
-            "its CUDA libraries (pip install -r requirements.txt, in a new virtual "
-            "environment) and see that nvidia-smi lists the GPU"
-        )
+        print("TensorFlow cannot use the NVIDIA GPU, going on with the CPU: in a new")
+        print("virtual environment, pip install -r requirements.txt; see nvidia-smi")
     details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
     name = details.get("device_name", f"CPU ({os.cpu_count()} cores)")
     return {
@@ -402,61 +380,41 @@ def describe_device():
     }
 
 
-def get_data(config):
-    """Return the training and hold-out samples and the test images of a run."""
-    data_dir = config.data_dir
+def run(config):
+    """Train as `config` says and return the run's folder."""
+    keras.utils.set_random_seed(config.seed)
+    device = describe_device()
+    data_dir, vgg_path = config.data_dir, config.vgg
     if config.demo:
+        print("a demonstration on drawn roads; the real run is: python main.py")
         data_dir = data_dir / "demo"
         helper.maybe_draw_kitti_road(data_dir)
     else:
         helper.maybe_download_kitti_road(data_dir)
-    samples, test_paths = helper.find_images(data_dir)
-    training, holdout = helper.split_holdout(samples, config.holdout_fraction)
-    if config.batch_size > len(training):
-        raise ProgramError(
-            f"--batch-size {config.batch_size} is more than the {len(training)} "
-            f"training images of {data_dir}: lower it, or --holdout-fraction"
-        )
-    if not holdout:
-        print("no hold-out: no scores, and the last weights count as the best")
-    return training, holdout, test_paths
-
-
-def run(config):
-    """Train as `config` says and return the run's folder."""
-    if config.demo:
-        print("a demonstration on drawn roads; the real run is: python main.py")
-    keras.utils.set_random_seed(config.seed)
-    device = describe_device()
-    vgg_path = config.vgg
     if vgg_path == "downloaded":
-        vgg_path = helper.maybe_download_pretrained_vgg(config.data_dir)
-    training, holdout, test_paths = get_data(config)
+        vgg_path = helper.maybe_download_pretrained_vgg(data_dir)
+    split = helper.find_images(data_dir, config.holdout_fraction, config.batch_size)
+    training, holdout, test_paths = split
     image_shape = config.image_height, config.image_width
     steps_per_epoch = len(training) // config.batch_size
 
     image_input, *pools = load_vgg(vgg_path, config.keep_prob)
-    vgg_variables = keras.Model(image_input, pools).trainable_variables
     model = keras.Model(image_input, layers(*pools, NUM_CLASSES, config.l2))
     train_step, state = optimize(
         model,
-        vgg_variables,
+        keras.Model(image_input, pools).trainable_variables,
         config.learning_rate,
         config.vgg_learning_rate,
         config.epochs,
         steps_per_epoch,
         config.seed,
     )
-    get_batches_fn = helper.gen_batch_function(training, image_shape, config.seed)
-    get_holdout_fn = helper.gen_batch_function(holdout, image_shape)
+    batches = helper.gen_batch_function(training, image_shape, config.seed)
+    get_holdout_fn, _ = helper.gen_batch_function(holdout, image_shape)
     facts = {
         "config": dataclasses.asdict(config),
         "device": device,
-        "data": {
-            "training": len(training),
-            "holdout": len(holdout),
-            "test": len(test_paths),
-        },
+        "data": dict(zip(("training", "holdout", "test"), map(len, split))),
     }
     size = 4 * model.count_params() + 10**6 * len(test_paths)
     with helper.run_folder(config.runs_dir, size, facts) as (run_dir, record):
@@ -470,12 +428,9 @@ def run(config):
         train_nn(
             config.epochs,
             config.batch_size,
-            get_batches_fn,
+            *batches,
             train_step,
             steps_per_epoch,
-            functools.partial(
-                helper.batch_names, training, config.batch_size, config.seed
-            ),
             end_epoch,
         )
         if config.epochs:
@@ -491,19 +446,19 @@ def run(config):
 
 def main(argv=None):
     """Run the program on a command line; return its exit code."""
-    config = parse(argv)
+    config = parse(sys.argv[1:] if argv is None else argv)
+    code = 1
     try:
         run(config)
+        return 0
     except ProgramError as error:
-        message, code = error, 1
+        message = error
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        message = f"{place}{error.strerror or error}: see that it can be written"
-        code = 1
+        message = (
+            f"{error.filename or 'the disk'}: {error.strerror or error}: mend that"
+        )
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
-    else:
-        return 0
     print(message, file=sys.stderr)
     return code
 
