@@ -392,7 +392,7 @@ def run(config):
     else:
         helper.maybe_download_kitti_road(data_dir)
     if vgg_path == "downloaded":
-        vgg_path = helper.maybe_download_pretrained_vgg(data_dir)
+        vgg_path = helper.maybe_download_pretrained_vgg(config.data_dir)
     split = helper.find_images(data_dir, config.holdout_fraction, config.batch_size)
     training, holdout, test_paths = split
     image_shape = config.image_height, config.image_width

@@ -23,6 +23,7 @@ import time
 import unittest
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -154,21 +155,37 @@ class Downloads(Case):
             self.assert_whole()
             self.assertEqual(server.ranges, [0])
 
-    def test_a_cut_is_resumed_at_the_byte_it_happened(self):
-        cut = answer(self.content, sent=33_333)
-        with Server(cut, answer(self.content)) as server:
-            self.download(server)
-        self.assert_whole()
-        self.assertEqual(server.ranges, [0, 33_333])
-
-    def test_tries_start_again_after_every_byte_gained(self):
-        def cut(handler, start):
-            answer(self.content, sent=5000)(handler, start)
-
-        with Server(cut) as server:
-            self.download(server)  # 21 cuts, where 6 in a row would be the end
-        self.assert_whole()
-        self.assertEqual(server.ranges, list(range(0, 102_400, 5000)))
+    def test_it_arrives_whole_whatever_the_server_does(self):
+        self.patch(helper, "READ_TIMEOUT", 0.3)
+        whole, cut = answer(self.content), answer(self.content, sent=40_000)
+        busy = answer(b"", resume=False, status=503)
+        plans = {
+            "a cut is resumed": ([cut, whole], [0, 40_000]),
+            "two overloads are waited for": ([busy, busy, whole], [0, 0, 0]),
+            "a stall is timed out and resumed": (
+                [answer(self.content, sent=50_000, stall=1), whole],
+                [0, 50_000],
+            ),
+            "Range ignored: from the start": (
+                [cut, answer(self.content, resume=False)],
+                [0, 40_000],
+            ),
+            "a resume elsewhere is not believed": (
+                [cut, answer(self.content, at=1), whole],
+                [0, 40_000, 40_000],
+            ),
+            # 20 cuts, where 6 without a gain between them would be the end
+            "every byte gained gives new tries": (
+                [answer(self.content, sent=5000)],
+                list(range(0, 102_400, 5000)),
+            ),
+        }
+        for name, (plan, ranges) in plans.items():
+            with self.subTest(name), Server(*plan) as server:
+                self.download(server)
+                self.assert_whole()
+                self.assertEqual(server.ranges, ranges)
+                self.path.unlink()
 
     def test_pauses_grow_while_nothing_is_gained(self):
         self.patch(helper, "PAUSES", (1, 2, 4))
@@ -200,34 +217,12 @@ class Downloads(Case):
         self.assert_whole()
         self.assertEqual(server.ranges, [])
 
-    def test_a_server_that_ignores_range_is_read_from_the_start(self):
-        cut = answer(self.content, sent=40_000)
-        with Server(cut, answer(self.content, resume=False)) as server:
-            self.download(server)
-        self.assert_whole()
-
-    def test_a_server_that_resumes_elsewhere_is_not_believed(self):
-        cut = answer(self.content, sent=40_000)
-        elsewhere = answer(self.content, at=1)
-        with Server(cut, elsewhere, answer(self.content)) as server:
-            self.download(server)
-        self.assert_whole()
-        self.assertEqual(server.ranges, [0, 40_000, 40_000])
-
     def test_a_part_longer_than_the_file_starts_over(self):
         self.part.parent.mkdir()
         self.part.write_bytes(self.content + b"more")
         with Server(answer(self.content)) as server:
             self.download(server)
         self.assert_whole()
-
-    def test_a_stall_is_timed_out_and_resumed(self):
-        self.patch(helper, "READ_TIMEOUT", 0.3)
-        stall = answer(self.content, sent=50_000, stall=2)
-        with Server(stall, answer(self.content)) as server:
-            self.download(server)
-        self.assert_whole()
-        self.assertEqual(server.ranges, [0, 50_000])
 
     def test_a_file_of_another_size_is_refused_before_it_is_fetched(self):
         with Server(answer(b"<html>log in</html>", resume=False)) as server:
@@ -266,13 +261,12 @@ class Downloads(Case):
         urls = [call.args[0] for call in get.call_args_list]
         self.assertEqual(urls, [nobody.url, nobody.url, server.url])
 
-    def test_a_missing_file_is_asked_for_once_and_an_overload_again(self):
+    def test_a_missing_file_sends_to_the_next_url_at_once(self):
         gone = answer(b"", resume=False, status=404)
-        busy = answer(b"", resume=False, status=503)
-        with Server(gone) as first, Server(busy, busy, answer(self.content)) as second:
+        with Server(gone) as first, Server(answer(self.content)) as second:
             self.download(first, second)
         self.assert_whole()
-        self.assertEqual((len(first.ranges), len(second.ranges)), (1, 3))
+        self.assertEqual((len(first.ranges), len(second.ranges)), (1, 1))
 
     def test_without_network_one_line_says_what_to_do(self):
         message = self.failure(mock.Mock(url="http://127.0.0.1:9/file"))
@@ -288,20 +282,13 @@ class Downloads(Case):
         self.assertFalse(self.part.exists())
 
     def test_two_programs_fetch_a_file_once(self):
-        slow = answer(self.content, stall=0.5)
-        with Server(slow) as server:
-            both = [
-                threading.Thread(target=self.download, args=[server]) for _ in range(2)
-            ]
-            for thread in both:
-                thread.start()
-            for thread in both:
-                thread.join()
+        slow = Server(answer(self.content, stall=0.5))
+        with slow as server, ThreadPoolExecutor() as programs:
+            list(programs.map(self.download, [server, server]))
         self.assert_whole()
         self.assertEqual(server.ranges, [0])
 
     def archive(self, *names):
-        """Return a zip of `names`, uncompressed."""
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w") as archive:
             for name in names:
@@ -385,7 +372,7 @@ class Data(Case):
 
     def test_ids_do_not_blend_when_resized(self):
         label = np.zeros((40, 60), np.uint8)
-        label[:, 20:40], label[:, 40:] = VOID, 1
+        label[:, 19:41], label[:, 41:] = VOID, 1
         resized = helper.resize_label(label, (16, 24)).numpy()
         self.assertEqual(set(resized.ravel()), {0, 1, VOID})
         # the columns nearest to the centres 1.25, 3.75, ... of the 24 new ones
@@ -487,12 +474,13 @@ class Data(Case):
         self.assertNotEqual(first.tolist(), other.tolist())
 
     def test_a_batch_is_a_function_of_its_step(self):
+        one_image = self.batches(1)[0](1, range(6))
+        self.assertEqual(len({images.numpy().tobytes() for images, *_ in one_image}), 6)
         get_batches_fn, _ = self.batches()
         through = list(get_batches_fn(3, range(6)))
         for step, batch in zip(range(4, 6), get_batches_fn(3, range(4, 6))):
             for ours, theirs in zip(batch, through[step]):
                 np.testing.assert_array_equal(ours, theirs)
-        self.assertFalse(np.array_equal(through[4][0], through[2][0]))
 
     def test_batch_names_are_those_of_the_batch(self):
         get_batches_fn, names = self.batches()
@@ -546,8 +534,8 @@ class Data(Case):
         self.assertGreater(len(sizes), 1)
         self.assertEqual(ids, {0, 1, VOID})
         self.assertTrue(list(samples[0][1].parent.glob("um_lane_*.png")))
-        contents = {image.read_bytes() for image, _ in samples}
-        self.assertEqual(len(contents), 9)
+        skies = {helper.read_image(image)[:20].mean().round(1) for image, _ in samples}
+        self.assertEqual(len(skies), 9)
         samples[0][0].write_bytes(b"changed")
         helper.maybe_draw_kitti_road(self.folder)
         self.assertEqual(samples[0][0].read_bytes(), b"changed")
@@ -621,7 +609,7 @@ class LoadVgg(Case):
         cls.expected = [y.numpy() for y in keras.Model(original.input, outputs)(x)]
         cls.kernel = original.get_layer("block1_conv1").kernel.numpy()
         del original
-        image_input, *pools = main.load_vgg(cls.weights, 0.5)
+        image_input, *pools = main.load_vgg(cls.weights, 0.8)
         cls.model = keras.Model(image_input, pools)
 
     @classmethod
@@ -648,7 +636,7 @@ class LoadVgg(Case):
         self.assertFalse(np.array_equal(fc7[1], fc7[2]))
         np.testing.assert_array_equal(fc7[0], self.model(self.image)[2])
         dropouts = [y for y in self.model.layers if isinstance(y, keras.layers.Dropout)]
-        self.assertEqual([y.rate for y in dropouts], [0.5, 0.5])
+        self.assertEqual([round(y.rate, 6) for y in dropouts], [0.2, 0.2])
 
     def test_pretrained_values_are_intact_when_training_begins(self):
         logits = main.layers(*self.model.outputs, 2)
@@ -1040,8 +1028,8 @@ class Scores(Case):
     def test_scores_are_the_sums_worked_out_by_hand(self):
         histogram = np.zeros((2, 256))
         histogram[0, 0], histogram[0, 200] = 70, 10  # background
-        histogram[1, 100], histogram[1, 220] = 5, 15  # road
-        # from threshold 201: TP 15, FP 0, F1 30/35; up to 100: TP 20, FP 10, F1 40/50
+        histogram[1, 127], histogram[1, 220] = 5, 15  # road
+        # from threshold 201: TP 15, FP 0, F1 30/35; up to 127: TP 20, FP 10, F1 40/50
         ours = helper.scores(histogram)
         expected = {
             "MaxF": 600 / 7,
@@ -1180,7 +1168,7 @@ class Run(Case):
         self.assertEqual(names, expected)
 
     def test_without_holdout_it_trains_on_all_and_the_last_is_best(self):
-        code, output, _ = self.main("--holdout-fraction", "0")
+        code, output, _ = self.main("--holdout-fraction", 0, "--keep-prob", 1)
         self.assertEqual(code, 0)
         self.assertIn("no hold-out", output)
         (run_dir,) = self.run_dirs()
