@@ -90,6 +90,8 @@ def _receive(url, part, size):
     timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
     with requests.get(url, headers=headers, timeout=timeout, stream=True) as response:
         response.raise_for_status()
+        if "text/html" in response.headers.get("Content-Type", ""):
+            raise ProgramError("a web page is there, not the file")
         if response.status_code != 206:  # Range ignored: from the start
             have = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
@@ -147,16 +149,12 @@ def download(urls, path, size=None, md5=None):
                 if not size or _length(part) != size:
                     _fetch(url, part, size)
                 with open(part, "rb") as file:
-                    received = hashlib.file_digest(file, "md5").hexdigest()
-                if _length(part) == (size or _length(part)) and received == (
-                    md5 or received
-                ):
+                    found = hashlib.file_digest(file, "md5").hexdigest() if md5 else md5
+                if _length(part) == (size or _length(part)) and found == md5:
                     return os.replace(part, path)
-                reasons.append(
-                    f"{url}: a wrong file, removed: {_length(part):,} bytes with md5 "
-                    f"{received}, not {size:,} with {md5}"
-                )
+                wrong = f"{_length(part)} bytes with md5 {found}, not {size} with {md5}"
                 part.unlink()
+                raise ProgramError(f"a wrong file, removed: {wrong}")
             except ProgramError as error:
                 reasons.append(f"{url}: {error}")
     if reasons:
@@ -204,7 +202,9 @@ def _unpack(archive, folder):
         if not (beside / "data_road" / "training" / "image_2").is_dir():
             raise zipfile.BadZipFile("no data_road/training/image_2 in it")
         os.replace(beside / "data_road", folder)
-    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError) as error:
+    except (OSError, ProgramError):
+        raise
+    except Exception as error:  # zipfile and its decoders raise what they like
         archive.unlink()
         raise ProgramError(
             f"{archive} was damaged ({error}) and is removed: start the program "
@@ -218,15 +218,21 @@ def _unpack(archive, folder):
 # -------------------------------------------------------------------------- data
 
 
-def read_image(path):
-    """Return the image at `path` as RGB uint8 (H, W, 3), whatever its colour mode."""
+@contextlib.contextmanager
+def _naming(path):
     try:
-        return iio.imread(path, plugin="pillow", mode="RGB")
+        yield
     except Exception as error:  # decoders raise what they like
         reason = str(error).partition("\n")[0]
         raise ProgramError(
             f"{path}: not a readable image ({reason}): replace or remove it"
         ) from error
+
+
+def read_image(path):
+    """Return the image at `path` as RGB uint8 (H, W, 3), whatever its colour mode."""
+    with _naming(path):
+        return iio.imread(path, plugin="pillow", index=0, mode="RGB")
 
 
 def read_label(path):
@@ -264,7 +270,7 @@ def find_images(data_dir, holdout_fraction, batch_size):
     folder = data_dir / "data_road" / "training"
     samples = []
     for image in sorted((folder / "image_2").glob("[!.]*.png")):
-        kind, _, number = image.stem.rpartition("_")
+        kind, number = category(image), image.stem.rpartition("_")[2]
         label = folder / "gt_image_2" / f"{kind}_road_{number}.png"
         if not label.exists():
             lane = label.with_name(f"{kind}_lane_{number}.png")
@@ -285,6 +291,9 @@ def find_images(data_dir, holdout_fraction, batch_size):
     if not holdout:
         print("no hold-out: no scores, and the last weights count as the best")
     tests = sorted((data_dir / "data_road/testing/image_2").glob("[!.]*.png"))
+    for path in tests:  # now, not after hours of training
+        with _naming(path), Image.open(path) as image:
+            image.verify()
     return training, holdout, tests
 
 
@@ -295,7 +304,8 @@ def split_holdout(samples, fraction):
     neighbouring frames, nearly equal, stay on one side.
     """
     training, holdout = [], []
-    for _, group in itertools.groupby(samples, lambda s: s[0].stem.rpartition("_")[0]):
+    by_category = sorted(samples, key=lambda sample: category(sample[0]))
+    for _, group in itertools.groupby(by_category, lambda sample: category(sample[0])):
         group = list(group)
         cut = len(group) - round(len(group) * fraction)
         training += group[:cut]
@@ -472,10 +482,12 @@ def maybe_draw_kitti_road(data_dir, training=60, testing=6):
             if kind == "um":
                 lane.save(to / "gt_image_2" / f"um_lane_{number:06}.png")
 
-    with locked(folder):
+    with locked(folder), contextlib.ExitStack() as cleaning:
         if folder.exists():
             return
+        cleaning.callback(shutil.rmtree, beside, ignore_errors=True)
         shutil.rmtree(beside, ignore_errors=True)
+        need_space(data_dir, 10**6 * (training + testing), "the drawn data")
         for split, name in itertools.product(
             ("training", "testing"), ("image_2", "gt_image_2", "calib")
         ):
@@ -534,15 +546,14 @@ def save_inference_samples(run_dir, model, image_paths, image_shape, batch_size)
 
     def save(sample):
         path, image, road = sample
-        iio.imwrite(beside / path.name, overlay(image, road), compress_level=3)
+        Image.fromarray(overlay(image, road)).save(beside / path.name, compress_level=3)
 
     try:
-        with ThreadPoolExecutor() as pool:
-            samples = gen_test_output(model, image_paths, image_shape, batch_size)
-            bar = tqdm(total=len(image_paths), unit="image", disable=None)
+        samples = gen_test_output(model, image_paths, image_shape, batch_size)
+        bar = tqdm(desc="overlays", total=len(image_paths), unit="image", disable=None)
+        with ThreadPoolExecutor() as pool, bar:
             while group := list(itertools.islice(samples, batch_size)):
                 bar.update(sum(1 for _ in pool.map(save, group)))
-            bar.close()
         for path in beside.iterdir():
             os.replace(path, run_dir / path.name)
     finally:
@@ -553,14 +564,14 @@ def save_inference_samples(run_dir, model, image_paths, image_shape, batch_size)
 
 
 def confidence_histogram(road, labels):
-    """Count the valid pixels by class and 8-bit confidence, (2, 256) float32.
+    """Count the valid pixels by class and 8-bit confidence, (2, 256) int32.
 
     Road probabilities and labels of one shape; every score derives from this.
     """
     confidence = tf.cast(tf.round(road * 255), tf.int32)
     bins = tf.cast(labels, tf.int32) * 256 + confidence
     bins = tf.where(labels == VOID, -1, bins)  # negative segments are left out
-    counts = tf.math.unsorted_segment_sum(tf.ones_like(road), bins, 512)
+    counts = tf.math.unsorted_segment_sum(tf.ones_like(bins), bins, 512)
     return tf.reshape(counts, (2, 256))
 
 
@@ -609,11 +620,12 @@ def run_folder(runs_dir, size, facts):
     only once the caller is through; if it fails before there are weights to show, the
     folder goes again. `facts` are the run's settings, device and data.
     """
+    runs_dir.mkdir(parents=True, exist_ok=True)
     name = time.strftime("%Y%m%d-%H%M%S")
     for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
         run_dir = runs_dir / (name + suffix)
         with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir()
             break
     packages = ("tensorflow", "keras", "numpy", "imageio", "pillow")
     record = {
@@ -638,8 +650,11 @@ def run_folder(runs_dir, size, facts):
 def write_run(run_dir, run):
     """Write `run` as run.json: beside, then renamed."""
     beside = run_dir / ".run.json.part"
-    beside.write_text(json.dumps(run, indent=1, allow_nan=False, default=str) + "\n")
-    os.replace(beside, run_dir / "run.json")
+    try:
+        beside.write_text(json.dumps(run, indent=1, allow_nan=False, default=str))
+        os.replace(beside, run_dir / "run.json")
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_weights(run_dir, model):

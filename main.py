@@ -7,9 +7,9 @@ Config, load_vgg, layers, optimize, train_nn, run.
 
 import argparse
 import dataclasses
-import math
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -29,14 +29,16 @@ NUM_CLASSES = 2  # background, road
 
 # ------------------------------------------------------------------------ config
 
+SIDE = "a multiple of 32 in [32, 65536]"
 ALLOWED = {
     "anything": lambda value: True,
-    "above 0": lambda value: value > 0,
-    "0 or more": lambda value: value >= 0,
-    "in [0, 1)": lambda value: 0 <= value < 1,
-    "in (0, 1]": lambda value: 0 < value <= 1,
     "in [0, 2^31)": lambda value: 0 <= value < 2**31,
-    "a multiple of 32": lambda value: value > 0 and value % 32 == 0,
+    "in [1, 2^31)": lambda value: 1 <= value < 2**31,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0.01, 1]": lambda value: 0.01 <= value <= 1,
+    "in [1e-9, 1]": lambda value: 1e-9 <= value <= 1,
+    SIDE: lambda value: value in range(32, 65537, 32),
 }
 
 
@@ -44,14 +46,14 @@ ALLOWED = {
 class Config:
     """The settings: type, allowed values, meaning, default."""
 
-    epochs: Annotated[int, "0 or more", "passes over the training images"] = 50
-    batch_size: Annotated[int, "above 0", "images in a training step"] = 5
-    learning_rate: Annotated[float, "above 0", "Adam's rate for the decoder"] = 0.001
-    vgg_learning_rate: Annotated[float, "0 or more", "Adam's rate for VGG-16"] = 0.0001
-    keep_prob: Annotated[float, "in (0, 1]", "share that dropout keeps"] = 0.5
-    l2: Annotated[float, "0 or more", "weight of the decoder's L2 term"] = 0.001
-    image_height: Annotated[int, "a multiple of 32", "rows the network sees"] = 160
-    image_width: Annotated[int, "a multiple of 32", "columns the network sees"] = 576
+    epochs: Annotated[int, "in [0, 2^31)", "passes over the training images"] = 50
+    batch_size: Annotated[int, "in [1, 2^31)", "images in a training step"] = 5
+    learning_rate: Annotated[float, "in [1e-9, 1]", "Adam's, for the decoder"] = 0.001
+    vgg_learning_rate: Annotated[float, "in [0, 1]", "Adam's, for VGG-16"] = 0.0001
+    keep_prob: Annotated[float, "in [0.01, 1]", "share that dropout keeps"] = 0.5
+    l2: Annotated[float, "in [0, 1]", "weight of the decoder's L2 term"] = 0.001
+    image_height: Annotated[int, SIDE, "rows the network sees"] = 160
+    image_width: Annotated[int, SIDE, "columns the network sees"] = 576
     holdout_fraction: Annotated[float, "in [0, 1)", "share kept for scoring"] = 0.1667
     seed: Annotated[int, "in [0, 2^31)", "of weights, order, jitter and dropout"] = 0
     data_dir: Annotated[Path, "anything", "where data and VGG-16 are"] = Path("data")
@@ -73,11 +75,7 @@ def parse(argv):
     def checked(kind, allowed):
         def convert(text):
             value = kind(text)
-            if (
-                kind is float
-                and not math.isfinite(value)
-                or not ALLOWED[allowed](value)
-            ):
+            if not ALLOWED[allowed](value):
                 raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
             return value
 
@@ -132,14 +130,18 @@ def load_vgg(vgg_path, keep_prob):
             scale = 2 / 60**2 if layer.name == "fc1" else 2
             he_normal = keras.initializers.VarianceScaling(scale, "fan_in")
             layer.kernel.assign(he_normal(layer.kernel.shape))
+    elif not Path(vgg_path).is_file():
+        raise ProgramError(
+            f"--vgg {vgg_path}: no such file: name another, or leave it out"
+        )
     else:
         try:
             original = keras.applications.VGG16(weights=Path(vgg_path))
         except Exception as error:  # h5py and Keras raise what they like
             reason = str(error).partition("\n")[0]
             raise ProgramError(
-                f"{vgg_path}: not VGG-16 weights with the fc layers ({reason}): remove "
-                "it to have it downloaded, or name another file with --vgg"
+                f"{vgg_path}: not VGG-16 weights with the fc layers ({reason}): name "
+                "another with --vgg, or remove this one and leave --vgg out"
             ) from error
         for layer in weighted:
             # A dense kernel holds the numbers of the convolution that covers its whole
@@ -322,33 +324,32 @@ def train_nn(
     for epoch in range(1, epochs + 1):
         start = fetched = time.perf_counter()
         pending, values = [], []
-        bar = tqdm(None, f"epoch {epoch}", steps_per_epoch, leave=False, disable=None)
-        while len(values) < steps_per_epoch:
-            before = time.perf_counter()
-            pending.append(train_step(*next(batches)))
-            now = time.perf_counter()
-            step += 1
-            if step == 2 and not tf.config.list_physical_devices("GPU"):
-                minutes = (now - before) * steps_per_epoch / 60
-                bar.write(f"no GPU: an epoch takes about {minutes:.1f} minutes")
-            if now - fetched < 1 and step < epoch * steps_per_epoch:
-                continue
-            # here the host waits for the device, hence once a second, not every step
-            for value in tf.stack(pending).numpy().astype(float):
-                if not np.isfinite(value).all():
-                    bad = (epoch - 1) * steps_per_epoch + len(values)
-                    raise ProgramError(
-                        "step {} gave loss {}, L2 {}, gradient norm {} on {}: look at "
-                        "these files, or lower --learning-rate and "
-                        "--vgg-learning-rate".format(
-                            bad, *value, ", ".join(names(batch_size, bad))
+        with tqdm(None, f"epoch {epoch}", steps_per_epoch, False, disable=None) as bar:
+            while len(values) < steps_per_epoch:
+                before = time.perf_counter()
+                pending.append(train_step(*next(batches)))
+                now = time.perf_counter()
+                step += 1
+                if step == 2 and not tf.config.list_physical_devices("GPU"):
+                    minutes = (now - before) * steps_per_epoch / 60
+                    bar.write(f"no GPU: an epoch takes about {minutes:.1f} minutes")
+                if now - fetched < 1 and step < epoch * steps_per_epoch:
+                    continue
+                # here the host waits for the device, hence once a second, not every step
+                for value in tf.stack(pending).numpy().astype(float):
+                    if not np.isfinite(value).all():
+                        bad = (epoch - 1) * steps_per_epoch + len(values)
+                        raise ProgramError(
+                            "step {} gave loss {}, L2 {}, gradient norm {} on {}: look at "
+                            "these files, or lower --learning-rate and "
+                            "--vgg-learning-rate".format(
+                                bad, *value, ", ".join(names(batch_size, bad))
+                            )
                         )
-                    )
-                values.append(value)
-            pending, fetched = [], now
-            bar.update(len(values) - bar.n)
-            bar.set_postfix(loss=f"{values[-1][0]:.4f}")
-        bar.close()
+                    values.append(value)
+                pending, fetched = [], time.perf_counter()
+                bar.update(len(values) - bar.n)
+                bar.set_postfix(loss=f"{values[-1][0]:.4f}")
         seconds = time.perf_counter() - start
         means = zip(("loss", "l2", "gradient_norm"), np.mean(values, axis=0))
         speed = {
@@ -422,7 +423,7 @@ def run(config):
         def end_epoch(epoch):
             epoch |= evaluate(model, get_holdout_fn(config.batch_size))
             epoch["learning_rate"] = float(state.optimizer.learning_rate)
-            print(*(f"{name} {value:.5g}" for name, value in epoch.items()), flush=True)
+            print(*(f"{name} {value:.5g}" for name, value in epoch.items()))
             helper.write_epoch(run_dir, record, epoch, model)
 
         train_nn(
@@ -453,10 +454,12 @@ def main(argv=None):
         return 0
     except ProgramError as error:
         message = error
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        message = "out of memory: lower --batch-size, --image-height or --image-width"
     except OSError as error:
-        message = (
-            f"{error.filename or 'the disk'}: {error.strerror or error}: mend that"
-        )
+        place = error.filename or f"{config.data_dir} or {config.runs_dir}"
+        reason = " ".join(str(error.strerror or error).split())  # h5py's has two lines
+        message = f"{place}: {reason}: make room, or set --data-dir and --runs-dir"
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
     print(message, file=sys.stderr)
@@ -464,4 +467,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts may ignore it
+    sys.stdout.reconfigure(line_buffering=True)  # also where it goes to a file
     sys.exit(main())
