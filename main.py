@@ -290,9 +290,8 @@ def optimize(
 def holdout_step(model, images, labels):
     """Return a batch's summed cross entropy and its confidence histogram."""
     logits = model(images, training=False)
-    road = tf.nn.softmax(logits)[..., 1]
-    loss = tf.reduce_sum(cross_entropy(logits, labels))
-    return loss, helper.confidence_histogram(road, labels)
+    histogram = helper.confidence_histogram(tf.nn.softmax(logits)[..., 1], labels)
+    return tf.reduce_sum(cross_entropy(logits, labels)), histogram
 
 
 def evaluate(model, batches):
@@ -339,12 +338,10 @@ def train_nn(
                 for value in tf.stack(pending).numpy().astype(float):
                     if not np.isfinite(value).all():
                         bad = (epoch - 1) * steps_per_epoch + len(values)
+                        files = ", ".join(names(batch_size, bad))
                         raise ProgramError(
-                            "step {} gave loss {}, L2 {}, gradient norm {} on {}: look at "
-                            "these files, or lower --learning-rate and "
-                            "--vgg-learning-rate".format(
-                                bad, *value, ", ".join(names(batch_size, bad))
-                            )
+                            f"step {bad} gave {value.tolist()} (loss, L2, gradient "
+                            f"norm) on {files}: look at these, or lower --learning-rate"
                         )
                     values.append(value)
                 pending, fetched = [], time.perf_counter()
@@ -352,10 +349,8 @@ def train_nn(
                 bar.set_postfix(loss=f"{values[-1][0]:.4f}")
         seconds = time.perf_counter() - start
         means = zip(("loss", "l2", "gradient_norm"), np.mean(values, axis=0))
-        speed = {
-            "seconds": seconds,
-            "images_per_second": len(values) * batch_size / seconds,
-        }
+        images = len(values) * batch_size
+        speed = {"seconds": seconds, "images_per_second": images / seconds}
         end_epoch({"epoch": epoch, "step": step, **dict(means), **speed})
 
 
@@ -368,23 +363,20 @@ def describe_device():
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
     if not gpus and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
-        print("TensorFlow cannot use the NVIDIA GPU, going on with the CPU: in a new")
-        print("virtual environment, pip install -r requirements.txt; see nvidia-smi")
+        print("TensorFlow cannot use the NVIDIA GPU, so the CPU works. To mend it: pip")
+        print(
+            "install -r requirements.txt in a new environment; nvidia-smi lists the GPU"
+        )
     details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
     name = details.get("device_name", f"CPU ({os.cpu_count()} cores)")
-    return {
-        "name": name,
-        "replicas": 1,
-        "workers": 1,
-        "precision": "float32",
-        "xla": False,
-    }
+    rest = {"replicas": 1, "workers": 1, "precision": "float32", "xla": False}
+    return {"name": name, **rest}
 
 
 def run(config):
     """Train as `config` says and return the run's folder."""
+    device = describe_device()  # first of all: memory growth is set before any use
     keras.utils.set_random_seed(config.seed)
-    device = describe_device()
     data_dir, vgg_path = config.data_dir, config.vgg
     if config.demo:
         print("a demonstration on drawn roads; the real run is: python main.py")
@@ -397,7 +389,7 @@ def run(config):
     split = helper.find_images(data_dir, config.holdout_fraction, config.batch_size)
     training, holdout, test_paths = split
     image_shape = config.image_height, config.image_width
-    steps_per_epoch = len(training) // config.batch_size
+    steps = len(training) // config.batch_size  # an epoch
 
     image_input, *pools = load_vgg(vgg_path, config.keep_prob)
     model = keras.Model(image_input, layers(*pools, NUM_CLASSES, config.l2))
@@ -407,7 +399,7 @@ def run(config):
         config.learning_rate,
         config.vgg_learning_rate,
         config.epochs,
-        steps_per_epoch,
+        steps,
         config.seed,
     )
     batches = helper.gen_batch_function(training, image_shape, config.seed)
@@ -427,12 +419,7 @@ def run(config):
             helper.write_epoch(run_dir, record, epoch, model)
 
         train_nn(
-            config.epochs,
-            config.batch_size,
-            *batches,
-            train_step,
-            steps_per_epoch,
-            end_epoch,
+            config.epochs, config.batch_size, *batches, train_step, steps, end_epoch
         )
         if config.epochs:
             model.load_weights(run_dir / helper.WEIGHTS)  # the best, not the last
