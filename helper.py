@@ -262,7 +262,7 @@ def category(path):
 
 
 def find_images(data_dir, holdout_fraction, batch_size):
-    """Return the training and hold-out images, each with its label, and the test images.
+    """Return the training and hold-out images with their labels, and the test images.
 
     All of them paths in name order. Raises ProgramError for an image without label and
     for fewer training images than `batch_size`.
@@ -522,7 +522,7 @@ def predict_road(model, images, image_shape):
 
 
 def overlay(image, road):
-    """Tint uint8 `image` (H, W, 3) green where the probability `road` is 0.5 or more."""
+    """Tint uint8 `image` (H, W, 3) green where the probability `road` is at least 0.5."""
     green = (image.astype(np.uint16) + (0, 255, 0)) // 2
     return np.where(road[..., None] >= 0.5, green, image).astype(np.uint8)
 

@@ -66,7 +66,7 @@ DEMO = "--epochs 6 --image-height 64 --image-width 192 --keep-prob 1 --vgg rando
 
 
 def parse(argv):
-    """Return the Config of a command line; exit with one line and code 2 at a bad one."""
+    """Return the Config of a command line; a bad one exits with one line and code 2."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], allow_abbrev=False
     )
@@ -334,7 +334,7 @@ def train_nn(
                     bar.write(f"no GPU: an epoch takes about {minutes:.1f} minutes")
                 if now - fetched < 1 and step < epoch * steps_per_epoch:
                     continue
-                # here the host waits for the device, hence once a second, not every step
+                # the host waits for the device here, hence once a second, not each step
                 for value in tf.stack(pending).numpy().astype(float):
                     if not np.isfinite(value).all():
                         bad = (epoch - 1) * steps_per_epoch + len(values)

@@ -103,7 +103,7 @@ class Server:
 
 
 def answer(content, sent=None, stated=None, resume=True, stall=0, status=None, at=0):
-    """Return a plan's step: send `content`, up to `sent` bytes, then `stall` seconds."""
+    """Return a plan's step: send `content`, up to `sent` bytes, and `stall` seconds."""
 
     def step(handler, start):
         if resume and start >= len(content):
@@ -577,7 +577,7 @@ def write_vgg_weights(path, model):
 
 
 def small_vgg(vgg_path, keep_prob):
-    """Stand in for load_vgg: the same strides and names, 8 channels, 1/1000 the size."""
+    """Stand in for load_vgg: the same strides, 8 channels, a thousandth of the size."""
     x = image_input = keras.Input((None, None, 3), dtype="uint8")
     x = keras.ops.cast(x, "float32") / 64 - 2
     pools = []
@@ -598,7 +598,7 @@ def small_model():
 class LoadVgg(Case):
     @classmethod
     def setUpClass(cls):
-        """Write one full-size weight file and keep the answers of the original to it."""
+        """Write one full-size weight file; keep what the original makes of an image."""
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
         cls.weights = Path(folder.name) / "vgg16.h5"
