@@ -346,10 +346,10 @@ def gen_batch_function(samples, image_shape, seed=0):
     """Decode and resize `samples` once; return get_batches_fn and names over them.
 
     names(batch_size, step) lists a training step's files. get_batches_fn(batch_size,
-    steps) is a tf.data.Dataset of images (B, H, W, 3)
-    uint8, labels (B, H, W) uint8 and weights (B,) float32: a valid pixel's share of
-    the batch's loss. With `steps`, a range, it gives those training steps, shuffled
-    and augmented; without, every sample once, as it is, in order.
+    steps) is a tf.data.Dataset of images (B, H, W, 3) uint8, labels (B, H, W) uint8 and
+    weights (B,) float32: a valid pixel's share of the batch's loss. With `steps`, a
+    range, it gives those training steps, shuffled and augmented; without, every sample
+    once, as it is, in order.
     """
     images = np.empty((len(samples), *image_shape, 3), np.uint8)
     labels = np.empty((len(samples), *image_shape), np.uint8)

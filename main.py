@@ -1,8 +1,7 @@
 """Train FCN-8s on VGG-16 for KITTI Road and segment the benchmark's test images.
 
 Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation",
-CVPR 2015. The program reads from top to bottom in the order in which it runs:
-Config, load_vgg, layers, optimize, train_nn, run.
+CVPR 2015. The file reads from top to bottom in the order in which the program runs.
 """
 
 import argparse
@@ -35,7 +34,6 @@ ALLOWED = {
     "in [0, 2^31)": lambda value: 0 <= value < 2**31,
     "in [1, 2^31)": lambda value: 1 <= value < 2**31,
     "in [0, 1)": lambda value: 0 <= value < 1,
-    "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0.01, 1]": lambda value: 0.01 <= value <= 1,
     "in [1e-9, 1]": lambda value: 1e-9 <= value <= 1,
     SIDE: lambda value: value in range(32, 65537, 32),
@@ -49,9 +47,9 @@ class Config:
     epochs: Annotated[int, "in [0, 2^31)", "passes over the training images"] = 50
     batch_size: Annotated[int, "in [1, 2^31)", "images in a training step"] = 5
     learning_rate: Annotated[float, "in [1e-9, 1]", "Adam's, for the decoder"] = 0.001
-    vgg_learning_rate: Annotated[float, "in [0, 1]", "Adam's, for VGG-16"] = 0.0001
+    vgg_learning_rate: Annotated[float, "in [0, 1)", "Adam's, for VGG-16"] = 0.0001
     keep_prob: Annotated[float, "in [0.01, 1]", "share that dropout keeps"] = 0.5
-    l2: Annotated[float, "in [0, 1]", "weight of the decoder's L2 term"] = 0.001
+    l2: Annotated[float, "in [0, 1)", "weight of the decoder's L2 term"] = 0.001
     image_height: Annotated[int, SIDE, "rows the network sees"] = 160
     image_width: Annotated[int, SIDE, "columns the network sees"] = 576
     holdout_fraction: Annotated[float, "in [0, 1)", "share kept for scoring"] = 0.1667
@@ -67,9 +65,8 @@ DEMO = "--epochs 6 --image-height 64 --image-width 192 --keep-prob 1 --vgg rando
 
 def parse(argv):
     """Return the Config of a command line; a bad one exits with one line and code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.description = __doc__.partition("\n")[0]
     parser.error = lambda message: parser.exit(2, f"{message}: see main.py --help\n")
 
     def checked(kind, allowed):
@@ -150,12 +147,8 @@ def load_vgg(vgg_path, keep_prob):
             layer.set_weights(
                 [value.reshape(w.shape) for value, w in zip(values, layer.weights)]
             )
-    return (
-        image_input,
-        vgg.get_layer("block3_pool").output,
-        vgg.get_layer("block4_pool").output,
-        encoder.output,
-    )
+    pools = (vgg.get_layer(f"block{block}_pool").output for block in (3, 4))
+    return image_input, *pools, encoder.output
 
 
 def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
@@ -164,15 +157,13 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
     Every kernel carries the L2 term l2 * sum(w^2).
     """
 
-    l2_term = keras.regularizers.L2(l2)
+    decay = {"kernel_regularizer": keras.regularizers.L2(l2)}
+    normal = keras.initializers.RandomNormal(stddev=0.01)
 
     def score(x, name):
+        name = f"score_{name}"
         return keras.layers.Conv2D(
-            num_classes,
-            1,
-            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
-            kernel_regularizer=l2_term,
-            name=f"score_{name}",
+            num_classes, 1, kernel_initializer=normal, name=name, **decay
         )(x)
 
     def bilinear(shape, dtype=None):
@@ -190,8 +181,8 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
             "same",
             use_bias=False,
             kernel_initializer=bilinear,
-            kernel_regularizer=l2_term,
             name=f"upscore_{name}",
+            **decay,
         )(x)
 
     # Activations shrink from pool3 to fc7. The authors' net that trains all skips at

@@ -28,6 +28,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+os.environ["NO_PROXY"] = "127.0.0.1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import h5py
