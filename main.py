@@ -50,8 +50,8 @@ class Config:
     vgg_learning_rate: Annotated[float, "in [0, 1)", "Adam's, for VGG-16"] = 0.0001
     keep_prob: Annotated[float, "in [0.01, 1]", "share that dropout keeps"] = 0.5
     l2: Annotated[float, "in [0, 1)", "weight of the decoder's L2 term"] = 0.001
-    image_height: Annotated[int, SIDE, "rows the network sees"] = 160
-    image_width: Annotated[int, SIDE, "columns the network sees"] = 576
+    image_height: Annotated[int, SIDE, "rows of the input, a multiple of 32"] = 160
+    image_width: Annotated[int, SIDE, "columns of the input, likewise"] = 576
     holdout_fraction: Annotated[float, "in [0, 1)", "share kept for scoring"] = 0.1667
     seed: Annotated[int, "in [0, 2^31)", "of weights, order, jitter and dropout"] = 0
     data_dir: Annotated[Path, "anything", "where data and VGG-16 are"] = Path("data")

@@ -883,6 +883,12 @@ class Evaluate(Case):
         right = 100 * (found == is_road)[valid].mean()
         self.assertAlmostEqual(ours["accuracy"], right, delta=0.05)
 
+    def test_a_holdout_loss_that_is_not_finite_stops_the_run(self):
+        model, _ = small_model()
+        model.get_layer("score_fc7").bias.assign([np.nan, 0])
+        with self.assertRaisesRegex(ProgramError, "hold-out loss is nan"):
+            main.evaluate(model, [small_batch()])
+
     def test_without_images_there_are_no_scores(self):
         self.assertEqual(main.evaluate(None, []), {})
 
@@ -1191,6 +1197,13 @@ class Run(Case):
         self.assertIn("a demonstration on drawn roads", output)
         self.assertTrue((data.parent / "demo" / "data_road").is_dir())
         self.assertFalse(data.exists())
+
+    def test_a_gpu_that_tensorflow_cannot_use_is_spoken_of(self):
+        self.assertNotIn("NVIDIA", self.main("--epochs", 0)[1])
+        self.patch(main.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+        code, output, _ = self.main("--epochs", 0)
+        self.assertEqual(code, 0)
+        self.assertRegex(output, "cannot use the NVIDIA GPU.*\n.*requirements.txt")
 
     def test_every_setting_is_explained(self):
         code, output, _ = self.main("--help")
