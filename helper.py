@@ -1,7 +1,7 @@
 """Everything around the network: download, data, inference, scores, the run folder.
 
 Images are RGB uint8 (H, W, 3); labels are uint8 ids (H, W): 0 background, 1 road,
-255 void. Only this module touches the disk.
+255 void. Only this module writes to the disk.
 """
 
 import contextlib
@@ -157,6 +157,8 @@ def download(urls, path, size=None, md5=None):
                 raise ProgramError(f"a wrong file, removed: {wrong}")
             except ProgramError as error:
                 reasons.append(f"{url}: {error}")
+                if not md5 and url != urls[-1]:
+                    part.unlink(missing_ok=True)  # nothing shows that the next fits on
     if reasons:
         raise ProgramError(
             f"{path} could not be downloaded ({'; '.join(reasons)}): put the file "
@@ -202,7 +204,7 @@ def _unpack(archive, folder):
         if not (beside / "data_road" / "training" / "image_2").is_dir():
             raise zipfile.BadZipFile("no data_road/training/image_2 in it")
         os.replace(beside / "data_road", folder)
-    except (OSError, ProgramError):
+    except (OSError, ProgramError, MemoryError):
         raise
     except Exception as error:  # zipfile and its decoders raise what they like
         archive.unlink()
@@ -222,6 +224,8 @@ def _unpack(archive, folder):
 def _naming(path):
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise what they like
         reason = str(error).partition("\n")[0]
         raise ProgramError(
@@ -361,14 +365,16 @@ def gen_batch_function(samples, image_shape, seed=0):
                 f"{samples[row][1]} is {label.shape[1]}x{label.shape[0]}, its image "
                 f"{image.shape[1]}x{image.shape[0]}: replace the label"
             )
-        images[row] = resize_image(image, image_shape)
-        labels[row] = resize_label(label, image_shape)
+        with tf.device("CPU"):  # a scope holds for its own thread only
+            images[row] = resize_image(image, image_shape)
+            labels[row] = resize_label(label, image_shape)
 
     rows = range(len(samples))
-    with tf.device("CPU"), ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:
         done = pool.map(decode, rows)
         for _ in tqdm(done, "decoding", len(rows), unit="image", disable=None):
             pass
+    with tf.device("CPU"):
         images, labels = tf.constant(images), tf.constant(labels)
 
     def get_batches_fn(batch_size, steps=None):
@@ -661,6 +667,8 @@ def write_weights(run_dir, model):
     """Write the model's weights: beside, then renamed."""
     beside = run_dir / f".part.{WEIGHTS}"
     try:
+        # HDF5 may crash on a full disk
+        need_space(run_dir, 4 * model.count_params() + 10**6, "saving the weights")
         model.save_weights(beside)
         os.replace(beside, run_dir / WEIGHTS)
     finally:

@@ -127,14 +127,10 @@ def load_vgg(vgg_path, keep_prob):
             scale = 2 / 60**2 if layer.name == "fc1" else 2
             he_normal = keras.initializers.VarianceScaling(scale, "fan_in")
             layer.kernel.assign(he_normal(layer.kernel.shape))
-    elif not Path(vgg_path).is_file():
-        raise ProgramError(
-            f"--vgg {vgg_path}: no such file: name another, or leave it out"
-        )
     else:
         try:
             original = keras.applications.VGG16(weights=Path(vgg_path))
-        except Exception as error:  # h5py and Keras raise what they like
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise ProgramError(
                 f"{vgg_path}: not VGG-16 weights with the fc layers ({reason}): name "
@@ -331,7 +327,7 @@ def train_nn(
                         bad = (epoch - 1) * steps_per_epoch + len(values)
                         files = ", ".join(names(batch_size, bad))
                         raise ProgramError(
-                            f"step {bad} gave {value.tolist()} (loss, L2, gradient "
+                            f"step {bad + 1} gave {value.tolist()} (loss, L2, gradient "
                             f"norm) on {files}: look at these, or lower --learning-rate"
                         )
                     values.append(value)
@@ -349,7 +345,7 @@ def train_nn(
 
 
 def describe_device():
-    """Return what the run computes on, and say so where it is not a GPU."""
+    """Return what the run computes on; speak of a GPU that TensorFlow cannot use."""
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
@@ -369,6 +365,8 @@ def run(config):
     device = describe_device()  # first of all: memory growth is set before any use
     keras.utils.set_random_seed(config.seed)
     data_dir, vgg_path = config.data_dir, config.vgg
+    if vgg_path not in ("downloaded", "random") and not Path(vgg_path).is_file():
+        raise ProgramError(f"--vgg {vgg_path}: no such file: correct or omit it")
     if config.demo:
         print("a demonstration on drawn roads; the real run is: python main.py")
         data_dir = data_dir / "demo"
@@ -400,7 +398,7 @@ def run(config):
         "device": device,
         "data": dict(zip(("training", "holdout", "test"), map(len, split))),
     }
-    size = 4 * model.count_params() + 10**6 * len(test_paths)
+    size = 8 * model.count_params() + 10**6 * len(test_paths)
     with helper.run_folder(config.runs_dir, size, facts) as (run_dir, record):
 
         def end_epoch(epoch):

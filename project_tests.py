@@ -268,6 +268,13 @@ class Downloads(Case):
                 self.assertEqual((first.ranges, second.ranges), ([0], [0]))
                 self.path.unlink()
 
+    def test_without_a_sum_no_part_goes_on_from_another_server(self):
+        gone = answer(b"", resume=False, status=404)
+        cut = answer(self.content[::-1], sent=40_000)
+        with Server(cut, gone) as first, Server(answer(self.content)) as second:
+            helper.download([first.url, second.url], self.path)
+        self.assert_whole()
+
     def test_without_network_one_line_says_what_to_do(self):
         message = self.failure(mock.Mock(url="http://127.0.0.1:9/file"))
         for part in "http://127.0.0.1:9/file", "refused", str(self.path), "--demo":
@@ -686,9 +693,11 @@ class LoadVgg(Case):
                 write()
                 with self.assertRaises(ProgramError) as caught:
                     main.load_vgg(path, 0.5)
-                said = "no such file" if name == "missing" else "not VGG-16 weights"
-                self.assertIn(f"{path}: {said}", str(caught.exception))
+                self.assertIn(f"{path}: not VGG-16 weights", str(caught.exception))
                 self.assertNotIn("\n", str(caught.exception))
+        self.patch(keras.Model, "load_weights", mock.Mock(side_effect=MemoryError))
+        with self.assertRaises(MemoryError):  # no fault of the file
+            main.load_vgg(path, 0.5)
 
 
 class Layers(Case):
@@ -933,13 +942,13 @@ class TrainNn(Case):
         with self.assertRaises(ProgramError) as caught:
             seen = self.train(values)
         self.assertRegex(
-            str(caught.exception), r"step 13 gave \[nan.* on file 13, another"
+            str(caught.exception), r"step 14 gave \[nan.* on file 13, another"
         )
         self.assertIn("--learning-rate", str(caught.exception))
         self.assertEqual(seen, [])
         values[13, 0], values[14:] = 1, 1
         values[9, 2] = np.inf
-        with self.assertRaisesRegex(ProgramError, r"step 9 gave \[1.0, 1.0, inf\]"):
+        with self.assertRaisesRegex(ProgramError, r"step 10 gave \[1.0, 1.0, inf\]"):
             self.train(values)
 
     def test_losses_are_fetched_once_a_second_not_at_every_step(self):
@@ -1253,6 +1262,7 @@ class Run(Case):
         image = training / "image_2" / "umm_000004.png"
         label = training / "gt_image_2" / "umm_road_000004.png"
         self.assert_refused(1, "--batch-size", "16", said="16 is more than the 15")
+        self.assert_refused(1, "--vgg", self.folder / "vgg", said="vgg: no such file")
         test = training.parent / "testing" / "image_2" / "uu_000000.png"
         for path in image, label, test:
             whole = path.read_bytes()
