@@ -52,6 +52,34 @@ class ProgramError(Exception):
     """What the user can mend: the program prints it as one line and exits with 1."""
 
 
+@contextlib.contextmanager
+def beside(path):
+    """Yield where to build the file or folder `path`, for the caller to rename.
+
+    What an earlier run left there goes first, what this one leaves goes at the end.
+    """
+    part = path.with_name(f".part.{path.name}")
+
+    def clear():
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
+
+    clear()
+    try:
+        yield part
+    finally:
+        clear()
+
+
+def in_parallel(task, items, title):
+    """Do `task` for every item on all cores, behind a bar; the first error ends it."""
+    with ThreadPoolExecutor() as pool:
+        done = pool.map(task, items)
+        for _ in tqdm(done, title, len(items), unit="image", disable=None):
+            pass
+
+
 # ---------------------------------------------------------------------- download
 
 
@@ -193,17 +221,15 @@ def maybe_download_kitti_road(data_dir):
 
 def _unpack(archive, folder):
     """Unpack `archive` beside `folder`, rename its data_road to `folder`, remove it."""
-    beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        with zipfile.ZipFile(archive) as content:
+        with beside(folder) as part, zipfile.ZipFile(archive) as content:
             unpacked = sum(entry.file_size for entry in content.infolist())
             need_space(archive.parent, unpacked, f"unpacking {archive.name}")
             for entry in tqdm(content.infolist(), desc="unpacking", disable=None):
-                content.extract(entry, beside)  # checks the CRC, stays inside
-        if not (beside / "data_road" / "training" / "image_2").is_dir():
-            raise zipfile.BadZipFile("no data_road/training/image_2 in it")
-        os.replace(beside / "data_road", folder)
+                content.extract(entry, part)  # checks the CRC, stays inside
+            if not (part / "data_road" / "training" / "image_2").is_dir():
+                raise zipfile.BadZipFile("no data_road/training/image_2 in it")
+            os.replace(part / "data_road", folder)
     except (OSError, ProgramError, MemoryError):
         raise
     except Exception as error:  # zipfile and its decoders raise what they like
@@ -212,8 +238,6 @@ def _unpack(archive, folder):
             f"{archive} was damaged ({error}) and is removed: start the program "
             f"again to download it, or unpack KITTI Road into {folder} by hand"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     archive.unlink()
 
 
@@ -369,11 +393,7 @@ def gen_batch_function(samples, image_shape, seed=0):
             images[row] = resize_image(image, image_shape)
             labels[row] = resize_label(label, image_shape)
 
-    rows = range(len(samples))
-    with ThreadPoolExecutor() as pool:
-        done = pool.map(decode, rows)
-        for _ in tqdm(done, "decoding", len(rows), unit="image", disable=None):
-            pass
+    in_parallel(decode, range(len(samples)), "decoding")
     with tf.device("CPU"):
         images, labels = tf.constant(images), tf.constant(labels)
 
@@ -474,13 +494,12 @@ def maybe_draw_kitti_road(data_dir, training=60, testing=6):
     folder = data_dir / "data_road"
     if folder.exists():
         return
-    beside = data_dir / ".data_road.part"
 
     def draw(task):
         split, kind, number = task
         rng = np.random.default_rng((split == "testing", *kind.encode(), number))
         image, road, lane = draw_scene(kind, rng)
-        to, name = beside / split, f"{kind}_{number:06}"
+        to, name = part / split, f"{kind}_{number:06}"
         image.save(to / "image_2" / f"{name}.png", compress_level=1)
         (to / "calib" / f"{name}.txt").write_text(DRAWN_CALIBRATION)
         if split == "training":
@@ -488,28 +507,22 @@ def maybe_draw_kitti_road(data_dir, training=60, testing=6):
             if kind == "um":
                 lane.save(to / "gt_image_2" / f"um_lane_{number:06}.png")
 
-    with locked(folder), contextlib.ExitStack() as cleaning:
+    with locked(folder), beside(folder) as part:
         if folder.exists():
             return
-        cleaning.callback(shutil.rmtree, beside, ignore_errors=True)
-        shutil.rmtree(beside, ignore_errors=True)
         need_space(data_dir, 10**6 * (training + testing), "the drawn data")
-        for split, name in itertools.product(
-            ("training", "testing"), ("image_2", "gt_image_2", "calib")
-        ):
-            (beside / split / name).mkdir(parents=True)
+        for name in "image_2", "gt_image_2", "calib":
+            (part / "training" / name).mkdir(parents=True)
+        for name in "image_2", "calib":
+            (part / "testing" / name).mkdir(parents=True)
         tasks = [
             (split, kind, number)
             for split, count in (("training", training), ("testing", testing))
             for kind in ("um", "umm", "uu")
             for number in range(count // 3)
         ]
-        with ThreadPoolExecutor() as pool:
-            done = pool.map(draw, tasks)
-            for _ in tqdm(done, "drawing", len(tasks), unit="image", disable=None):
-                pass
-        (beside / "testing" / "gt_image_2").rmdir()
-        os.replace(beside, folder)
+        in_parallel(draw, tasks, "drawing")
+        os.replace(part, folder)
 
 
 # --------------------------------------------------------------------- inference
@@ -547,23 +560,19 @@ def gen_test_output(model, image_paths, image_shape, batch_size):
 
 def save_inference_samples(run_dir, model, image_paths, image_shape, batch_size):
     """Write the overlays of all `image_paths` into `run_dir`: all of them, or none."""
-    beside = run_dir / ".overlays.part"
-    beside.mkdir()
 
     def save(sample):
         path, image, road = sample
-        Image.fromarray(overlay(image, road)).save(beside / path.name, compress_level=3)
+        Image.fromarray(overlay(image, road)).save(part / path.name, compress_level=3)
 
-    try:
-        samples = gen_test_output(model, image_paths, image_shape, batch_size)
-        bar = tqdm(desc="overlays", total=len(image_paths), unit="image", disable=None)
-        with ThreadPoolExecutor() as pool, bar:
-            while group := list(itertools.islice(samples, batch_size)):
-                bar.update(sum(1 for _ in pool.map(save, group)))
-        for path in beside.iterdir():
+    samples = gen_test_output(model, image_paths, image_shape, batch_size)
+    bar = tqdm(desc="overlays", total=len(image_paths), unit="image", disable=None)
+    with beside(run_dir / "overlays") as part, ThreadPoolExecutor() as pool, bar:
+        part.mkdir()
+        while group := list(itertools.islice(samples, batch_size)):
+            bar.update(sum(1 for _ in pool.map(save, group)))
+        for path in part.iterdir():
             os.replace(path, run_dir / path.name)
-    finally:
-        shutil.rmtree(beside)
 
 
 # ------------------------------------------------------------------------ scores
@@ -655,24 +664,18 @@ def run_folder(runs_dir, size, facts):
 
 def write_run(run_dir, run):
     """Write `run` as run.json: beside, then renamed."""
-    beside = run_dir / ".run.json.part"
-    try:
-        beside.write_text(json.dumps(run, indent=1, allow_nan=False, default=str))
-        os.replace(beside, run_dir / "run.json")
-    finally:
-        beside.unlink(missing_ok=True)
+    with beside(run_dir / "run.json") as part:
+        part.write_text(json.dumps(run, indent=1, allow_nan=False, default=str))
+        os.replace(part, run_dir / "run.json")
 
 
 def write_weights(run_dir, model):
     """Write the model's weights: beside, then renamed."""
-    beside = run_dir / f".part.{WEIGHTS}"
-    try:
-        # HDF5 may crash on a full disk
-        need_space(run_dir, 4 * model.count_params() + 10**6, "saving the weights")
-        model.save_weights(beside)
-        os.replace(beside, run_dir / WEIGHTS)
-    finally:
-        beside.unlink(missing_ok=True)
+    # HDF5 may crash on a full disk
+    need_space(run_dir, 4 * model.count_params() + 10**6, "saving the weights")
+    with beside(run_dir / WEIGHTS) as part:
+        model.save_weights(part)
+        os.replace(part, run_dir / WEIGHTS)
 
 
 def write_epoch(run_dir, record, epoch, model):

@@ -152,7 +152,6 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
 
     Every kernel carries the L2 term l2 * sum(w^2).
     """
-
     decay = {"kernel_regularizer": keras.regularizers.L2(l2)}
     normal = keras.initializers.RandomNormal(stddev=0.01)
 

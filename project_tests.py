@@ -555,7 +555,7 @@ class Data(Case):
         self.patch(helper, "draw_scene", mock.Mock(side_effect=KeyboardInterrupt))
         with self.assertRaises(KeyboardInterrupt):
             helper.maybe_draw_kitti_road(self.folder, training=3, testing=3)
-        self.assertFalse(list(self.folder.rglob("*.part")))
+        self.assertFalse(list(self.folder.rglob("*part*")))
         self.assertEqual(self.files(), [])
 
     def test_the_drawn_road_lies_on_the_calibrated_plane(self):
