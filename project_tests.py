@@ -310,6 +310,9 @@ class Downloads(Case):
     )
 
     def test_kitti_is_unpacked_counted_and_its_zip_removed(self):
+        killed = self.folder / "data/.part.data_road/data_road/training/image_2"
+        killed.mkdir(parents=True)
+        (killed / "stale.png").write_bytes(b"left by a run that was killed")
         archive = self.archive(*self.kitti, "../../evil.png", "/tmp/evil.png")
         with Server(answer(archive)) as server:
             self.patch(helper, "KITTI_URLS", [server.url])
