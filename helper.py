@@ -10,6 +10,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import shlex
 import shutil
 import time
 import zipfile
@@ -30,6 +31,7 @@ except ImportError:  # Windows: there nothing keeps two programs off one file
 
 VOID = 255
 WEIGHTS = "best.weights.h5"  # of a run folder
+CHECKPOINTS = "checkpoint"  # likewise
 VGG_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels.h5"
 VGG_URLS = (
     f"https://storage.googleapis.com/tensorflow/keras-applications/vgg16/{VGG_FILE}",
@@ -84,14 +86,21 @@ def in_parallel(task, items, title):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Keep other programs off `path`; the system frees the lock with the process."""
+def locked(path, wait=True):
+    """Keep other programs off `path`; the system frees the lock with the process.
+
+    Without `wait` raises ProgramError where another program holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         if fcntl:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    raise ProgramError(
+                        f"{path.parent}: another program works on this run: let it end"
+                    ) from None
                 print(f"{path}: another program is fetching it, waiting for that one")
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -289,19 +298,24 @@ def category(path):
     return path.stem.rpartition("_")[0]
 
 
-def find_images(data_dir, holdout_fraction, batch_size):
+def road_name(path):
+    """Return the name of an image's labels and confidences: "um_road_000000.png"."""
+    return "_road_".join(path.name.rsplit("_", 1))
+
+
+def find_images(data_dir, holdout_fraction, batch_size, submission=False):
     """Return the training and hold-out images with their labels, and the test images.
 
-    All of them paths in name order. Raises ProgramError for an image without label and
-    for fewer training images than `batch_size`.
+    All of them paths in name order. Raises ProgramError for an image without label,
+    for fewer training images than `batch_size`, for a broken calibration, and, where a
+    `submission` is asked for, for a test image without one.
     """
     folder = data_dir / "data_road" / "training"
     samples = []
     for image in sorted((folder / "image_2").glob("[!.]*.png")):
-        kind, number = category(image), image.stem.rpartition("_")[2]
-        label = folder / "gt_image_2" / f"{kind}_road_{number}.png"
+        label = folder / "gt_image_2" / road_name(image)
         if not label.exists():
-            lane = label.with_name(f"{kind}_lane_{number}.png")
+            lane = label.with_name(label.name.replace("_road_", "_lane_"))
             other = f" ({lane.name} is another task)" if lane.exists() else ""
             raise ProgramError(f"{image} has no label {label}{other}: add the label")
         samples.append((image, label))
@@ -322,7 +336,40 @@ def find_images(data_dir, holdout_fraction, batch_size):
     for path in tests:  # now, not after hours of training
         with _naming(path), Image.open(path) as image:
             image.verify()
+    for image, _ in holdout:
+        read_homography(image)
+    missing = [path for path in tests if submission and read_homography(path) is None]
+    if missing or submission and not tests:
+        first = missing[0].stem if missing else "(no test images)"
+        raise ProgramError(
+            f"{data_dir / 'data_road/testing/calib' / first}.txt is missing, and "
+            f"{len(missing)} in all: add them, or leave --submission out"
+        )
     return training, holdout, tests
+
+
+def read_homography(image_path):
+    """Return the map (3, 3) from the road plane to an image, None if not calibrated.
+
+    It takes (x right, z ahead, 1), metres, to homogeneous pixels (u, v, 1), the first
+    of which is 1: columns 0, 2 and 3 of P2 R0_rect inv(Tr_cam_to_road), as the plane
+    is y = 0.
+    """
+    path = image_path.parent.parent / "calib" / f"{image_path.stem}.txt"
+    if not path.exists():
+        return None
+    try:
+        lines = (line.partition(":") for line in path.read_text().splitlines())
+        numbers = {name: np.array(rest.split(), float) for name, _, rest in lines}
+        rectification, to_road = np.eye(4), np.eye(4)
+        rectification[:3, :3] = numbers["R0_rect"].reshape(3, 3)
+        to_road[:3] = numbers["Tr_cam_to_road"].reshape(3, 4)
+        camera = numbers["P2"].reshape(3, 4) @ rectification
+        return np.asarray_chkfinite(camera @ np.linalg.inv(to_road))[:, [0, 2, 3]]
+    except (OSError, ValueError, KeyError) as error:
+        raise ProgramError(
+            f"{path}: not a calibration of KITTI Road ({error}): replace or remove it"
+        ) from error
 
 
 def split_holdout(samples, fraction):
@@ -558,19 +605,36 @@ def gen_test_output(model, image_paths, image_shape, batch_size):
                 yield from zip(paths, images, road.numpy())
 
 
-def save_inference_samples(run_dir, model, image_paths, image_shape, batch_size):
-    """Write the overlays of all `image_paths` into `run_dir`: all of them, or none."""
+def save_inference_samples(
+    run_dir, model, image_paths, image_shape, batch_size, submission=False
+):
+    """Write the overlays of all `image_paths` into `run_dir`: all of them, or none.
+
+    With `submission` also submission.zip, for KITTI Road's server: the confidences
+    from above, which needs a calibration of each image.
+    """
 
     def save(sample):
         path, image, road = sample
         Image.fromarray(overlay(image, road)).save(part / path.name, compress_level=3)
+        if submission:
+            view = birds_eye(to_confidence(road).numpy(), read_homography(path), 0)
+            Image.fromarray(view).save(views / road_name(path))
 
     samples = gen_test_output(model, image_paths, image_shape, batch_size)
     bar = tqdm(desc="overlays", total=len(image_paths), unit="image", disable=None)
-    with beside(run_dir / "overlays") as part, ThreadPoolExecutor() as pool, bar:
+    with (
+        beside(run_dir / "overlays") as part,
+        beside(run_dir / "submission") as views,
+        ThreadPoolExecutor() as pool,
+        bar,
+    ):
         part.mkdir()
+        views.mkdir()
         while group := list(itertools.islice(samples, batch_size)):
             bar.update(sum(1 for _ in pool.map(save, group)))
+        if submission:
+            shutil.make_archive(part / "submission", "zip", views)
         for path in part.iterdir():
             os.replace(path, run_dir / path.name)
 
@@ -578,13 +642,38 @@ def save_inference_samples(run_dir, model, image_paths, image_shape, batch_size)
 # ------------------------------------------------------------------------ scores
 
 
-def confidence_histogram(road, labels):
+BEV_X, BEV_Z, BEV_CELL = (-10, 10), (6, 46), 0.05  # metres: 800 x 400 cells
+
+
+def birds_eye(pixels, homography, outside):
+    """Return `pixels` (H, W) uint8 of an image as seen from above, (800, 400) uint8.
+
+    KITTI Road's bird's-eye view: cells of 5 cm, the far ones on top; each takes the
+    pixel that its centre falls into, and `outside` where that is not in the image.
+    """
+    x = np.arange(*BEV_X, BEV_CELL) + BEV_CELL / 2
+    z = np.arange(*BEV_Z, BEV_CELL)[::-1] + BEV_CELL / 2
+    plane = np.stack(np.broadcast_arrays(x, z[:, None], 1.0))
+    u, v, w = np.tensordot(homography, plane, axes=1)
+    u, v = u / w, v / w
+    height, width = pixels.shape
+    seen = (w > 0) & (1 <= u) & (u <= width) & (1 <= v) & (v <= height)
+    view = np.full(seen.shape, outside, np.uint8)
+    view[seen] = pixels[v[seen].astype(int) - 1, u[seen].astype(int) - 1]
+    return view
+
+
+def to_confidence(road):
+    """Return the road probability in 8 bits: all that is scored, and submitted."""
+    return tf.cast(tf.round(road * 255), tf.uint8)
+
+
+def confidence_histogram(confidence, labels):
     """Count the valid pixels by class and 8-bit confidence, (2, 256) int32.
 
-    Road probabilities and labels of one shape; every score derives from this.
+    Both uint8, of one shape; every score derives from this.
     """
-    confidence = tf.cast(tf.round(road * 255), tf.int32)
-    bins = tf.cast(labels, tf.int32) * 256 + confidence
+    bins = tf.cast(labels, tf.int32) * 256 + tf.cast(confidence, tf.int32)
     bins = tf.where(labels == VOID, -1, bins)  # negative segments are left out
     counts = tf.math.unsorted_segment_sum(tf.ones_like(bins), bins, 512)
     return tf.reshape(counts, (2, 256))
@@ -624,68 +713,243 @@ def scores(histogram):
     return {name: 100 * float(value) for name, value in measures.items()}
 
 
+def score_holdout(run_dir, model, holdout, image_shape, batch_size):
+    """Score (image, label) paths at their own size; write their confidences as PNGs.
+
+    Returns {"image": {category: measures}, "bev": {...}}, over the categories and all
+    of them, "urban"; "bev", the bird's-eye view, over the calibrated images.
+    `run_dir`/holdout gets the 8-bit values that are scored, under the labels' names.
+    """
+    kinds = sorted({category(image) for image, _ in holdout})
+    counts = {
+        plane: {kind: [] for kind in (*kinds, "urban")} for plane in ("image", "bev")
+    }
+    images = [image for image, _ in holdout]
+    samples = gen_test_output(model, images, image_shape, batch_size)
+    samples = tqdm(samples, "scoring", len(images), unit="image", disable=None)
+    with beside(run_dir / "holdout") as part:
+        part.mkdir()
+        for (image, _, road), (_, label_path) in zip(samples, holdout):
+            confidence, label = to_confidence(road).numpy(), read_label(label_path)
+            Image.fromarray(confidence).save(part / label_path.name)
+            pairs = {"image": (confidence, label)}
+            if (homography := read_homography(image)) is not None:
+                sides = (confidence, 0), (label, VOID)
+                pairs["bev"] = [birds_eye(x, homography, out) for x, out in sides]
+            for plane, pair in pairs.items():
+                for kind in category(image), "urban":
+                    counts[plane][kind].append(confidence_histogram(*pair).numpy())
+        shutil.rmtree(run_dir / "holdout", ignore_errors=True)
+        os.replace(part, run_dir / "holdout")
+    return {
+        plane: {
+            kind: scores(np.sum(parts, axis=0)) | {"images": len(parts)}
+            for kind, parts in groups.items()
+            if parts
+        }
+        for plane, groups in counts.items()
+    }
+
+
+def print_scores(scores):
+    """Print what score_holdout returned as a table, in percent."""
+    for plane, title in ("image", "image plane"), ("bev", "bird's-eye view"):
+        for row, (kind, measures) in enumerate(scores[plane].items()):
+            values = dict(measures)
+            values = {"images": values.pop("images"), **values}
+            if not row:
+                print(f"{title:16}" + "".join(f"{name:>10}" for name in values))
+            cells = (f"{value:10.2f}" for value in list(values.values())[1:])
+            print(f"{kind:16}{values['images']:10}" + "".join(cells))
+        if not scores[plane]:
+            print(f"{title}: no hold-out image has a calibration")
+
+
 # -------------------------------------------------------------------- run folder
 
 
-@contextlib.contextmanager
-def run_folder(runs_dir, size, facts):
-    """Make a folder for a run of `size` bytes; yield its path and what run.json holds.
+def read_run(run_dir):
+    """Return what run.json in `run_dir` holds."""
+    path = run_dir / "run.json"
+    try:
+        record = json.loads(path.read_text())
+        record["config"], record["history"], record["finished"]
+        return record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ProgramError(
+            f"{path}: not the record of a run ({error!r}): name another folder"
+        ) from error
 
-    It is named for the second, with a suffix if that is taken. `finished` is written
-    only once the caller is through; if it fails before there are weights to show, the
-    folder goes again. `facts` are the run's settings, device and data.
+
+@contextlib.contextmanager
+def run_folder(runs_dir, resume, facts):
+    """Make a run's folder, or take up `resume`; yield it and what run.json holds.
+
+    A new one is named for the second, with a suffix if that is taken. `facts` are the
+    run's settings, device and data. `finished` is written, and the checkpoints go,
+    only once the caller is through; if it fails before there is anything to show, a
+    new folder goes again. Raises ProgramError while another program is at work there.
     """
+    run_dir = resume
     runs_dir.mkdir(parents=True, exist_ok=True)
     name = time.strftime("%Y%m%d-%H%M%S")
-    for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
-        run_dir = runs_dir / (name + suffix)
+    suffixes = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    while run_dir is None:
         with contextlib.suppress(FileExistsError):
-            run_dir.mkdir()
-            break
+            new = runs_dir / (name + next(suffixes))
+            new.mkdir()
+            run_dir = new
     packages = ("tensorflow", "keras", "numpy", "imageio", "pillow")
-    record = {
-        "finished": False,
-        **facts,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "resumed": [],
-        "history": [],
-        "best_epoch": None,
-        "scores": {},
-    }
-    try:
-        need_space(run_dir, size, "a run")
-        write_run(run_dir, record)
-        yield run_dir, record
-        write_run(run_dir, record | {"finished": True})
-    finally:
-        if not (run_dir / WEIGHTS).exists():
-            shutil.rmtree(run_dir)
+    facts["versions"] = {name: importlib.metadata.version(name) for name in packages}
+    record = {"finished": False, "resumed": [], "history": [], "best_epoch": None}
+    with locked(run_dir / CHECKPOINTS / "run", wait=False):
+        if resume:
+            record = read_run(run_dir)
+            if record["finished"] or record["data"] != facts["data"]:
+                raise ProgramError(
+                    f"{run_dir} was begun with {record['data']} images, here are "
+                    f"{facts['data']}: name its data set with --data-dir"
+                )
+        record = record | facts | {"scores": {}}
+        try:
+            write_run(run_dir, record)
+            yield run_dir, record
+            write_run(run_dir, record | {"finished": True})
+            shutil.rmtree(run_dir / CHECKPOINTS)
+        except BaseException:
+            if resume or (run_dir / WEIGHTS).exists() or find_checkpoints(run_dir):
+                folder = shlex.quote(str(run_dir))
+                print(f"to go on with this run: python main.py --resume {folder}")
+            else:
+                shutil.rmtree(run_dir)
+            raise
 
 
-def write_run(run_dir, run):
-    """Write `run` as run.json: beside, then renamed."""
+def write_run(run_dir, record):
+    """Write `record` as run.json: beside, then renamed."""
     with beside(run_dir / "run.json") as part:
-        part.write_text(json.dumps(run, indent=1, allow_nan=False, default=str))
+        with open(part, "w") as file:
+            json.dump(record, file, indent=1, allow_nan=False, default=str)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave it empty
         os.replace(part, run_dir / "run.json")
 
 
-def write_weights(run_dir, model):
-    """Write the model's weights: beside, then renamed."""
+def write_epoch(run_dir, record, epoch, state):
+    """Add `epoch` to the record; where it is the best, keep its weights in memory."""
+    record["history"].append(epoch)
+    record["best_epoch"] = best_epoch(record["history"])
+    if record["best_epoch"] == epoch["epoch"]:
+        copy_weights(state.best, state.model.trainable_variables)
+    write_run(run_dir, record)
+
+
+def best_epoch(history):
+    """Return the epoch of the highest MaxF; without a hold-out the last; None of none."""
+    keys = [(epoch.get("MaxF", epoch["epoch"]), -epoch["epoch"]) for epoch in history]
+    return -max(keys)[1] if keys else None
+
+
+def copy_weights(variables, values):
+    """Assign `values` to `variables`, one by one."""
+    for variable, value in zip(variables, values):
+        variable.assign(value)
+
+
+def write_weights(run_dir, state):
+    """Write the best weights, through the model: beside, then renamed."""
     # HDF5 may crash on a full disk
-    need_space(run_dir, 4 * model.count_params() + 10**6, "saving the weights")
+    need_space(run_dir, 4 * state.model.count_params() + 10**6, "saving the weights")
+    variables = state.model.trainable_variables
+    current = [variable.numpy() for variable in variables]
     with beside(run_dir / WEIGHTS) as part:
-        model.save_weights(part)
+        try:
+            copy_weights(variables, state.best)
+            state.model.save_weights(part)
+        finally:
+            copy_weights(variables, current)
         os.replace(part, run_dir / WEIGHTS)
 
 
-def write_epoch(run_dir, record, epoch, model):
-    """Add `epoch` to the record, and write it and, where it is the best, the weights.
+def find_checkpoints(run_dir):
+    """Return the paths of a run's checkpoints, without suffix, the newest last."""
+    found = (run_dir / CHECKPOINTS).glob("ckpt-*.index")
+    return sorted(
+        (path.with_suffix("") for path in found), key=lambda p: int(p.name[5:])
+    )
 
-    Best is the highest hold-out MaxF; without a hold-out, the last.
+
+class Checkpoints:
+    """The checkpoints of a run, from which it goes on to the same bits.
+
+    `state` is that of main.optimize. It holds the best weights too, so that weights,
+    history and step belong together, whichever file a power cut left as the last.
     """
-    record["history"].append(epoch)
-    best = max(record["history"], key=lambda epoch: epoch.get("MaxF", epoch["epoch"]))
-    record["best_epoch"] = best["epoch"]
-    if best is epoch:
-        write_weights(run_dir, model)
-    write_run(run_dir, record)
+
+    def __init__(self, run_dir, record, state):
+        self.run_dir, self.record, self.state = run_dir, record, state
+        self.folder = run_dir / CHECKPOINTS
+        self.remove_half_written()
+        found = [str(path) for path in find_checkpoints(run_dir)]
+        if found and tf.train.latest_checkpoint(self.folder) != found[-1]:
+            print(f"{self.folder}: the list of checkpoints is damaged: the files count")
+        if found:
+            tf.compat.v1.train.update_checkpoint_state(self.folder, found[-1], found)
+        self.manager = tf.train.CheckpointManager(state, self.folder, max_to_keep=2)
+        self.saved_at, self.saved = time.monotonic(), None
+
+    def remove_half_written(self):
+        for path in self.folder.glob("*_temp*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def restore(self, steps):
+        """Restore the newest checkpoint that is whole, for a run of `steps` steps."""
+        found = find_checkpoints(self.run_dir)
+        for path in reversed(found):
+            try:
+                self.state.restore(str(path)).assert_consumed()
+                break
+            except (MemoryError, tf.errors.ResourceExhaustedError):
+                raise
+            except Exception as error:  # noqa: BLE001  damage has many faces
+                print(f"{path} is damaged ({' '.join(str(error).split())[:200]})")
+        else:
+            if found:
+                raise ProgramError(
+                    f"{self.folder}: no checkpoint can be restored: remove this folder "
+                    "and the run starts at step 0 again"
+                )
+        step, epoch = int(self.state.step), int(self.state.epoch)
+        if step > steps:
+            raise ProgramError(
+                f"{self.run_dir} is at step {step} of --epochs' {steps}: raise --epochs"
+            )
+        print(f"resumed at step {step} of {steps}")
+        self.record["resumed"].append(step)
+        self.record["history"] = self.record["history"][:epoch]
+        self.record["best_epoch"] = best_epoch(self.record["history"])
+        if epoch:
+            write_weights(self.run_dir, self.state)
+        write_run(self.run_dir, self.record)
+
+    def save(self, seconds=0):
+        """Write the best weights and a checkpoint, if the last is `seconds` old."""
+        progress = int(self.state.step), int(self.state.epoch)
+        if progress == self.saved or time.monotonic() - self.saved_at < seconds:
+            return
+        if self.record["history"]:
+            write_weights(self.run_dir, self.state)
+        size = 16 * self.state.model.count_params()
+        need_space(self.folder, size + 10**6, "a checkpoint")
+        try:
+            path = self.manager.save()
+        except tf.errors.OpError as error:
+            self.remove_half_written()
+            raise ProgramError(
+                f"{self.folder}: {error.message}: the checkpoint before it is kept; "
+                "make room, then resume"
+            ) from error
+        for file in self.folder.glob(f"{os.path.basename(path)}.*"):
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())  # or a power cut could take it back
+        self.saved_at, self.saved = time.monotonic(), progress

@@ -5,6 +5,7 @@ CVPR 2015. The file reads from top to bottom in the order in which the program r
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -57,6 +58,11 @@ class Config:
     data_dir: Annotated[Path, "anything", "where data and VGG-16 are"] = Path("data")
     runs_dir: Annotated[Path, "anything", "where runs write"] = Path("runs")
     vgg: Annotated[str, "anything", "VGG-16 weight file, or random"] = "downloaded"
+    weights: Annotated[Path, "anything", "start from a run's best.weights.h5"] = None
+    resume: Annotated[Path, "anything", "go on with the stopped run in there"] = None
+    checkpoint_minutes: Annotated[float, "in [0, 2^31)", "between checkpoints"] = 5.0
+    deterministic: Annotated[bool, "anything", "same bits on a GPU, slower"] = False
+    submission: Annotated[bool, "anything", "write the benchmark's zip"] = False
     demo: Annotated[bool, "anything", "drawn data, small images, no download"] = False
 
 
@@ -65,7 +71,9 @@ DEMO = "--epochs 6 --image-height 64 --image-width 192 --keep-prob 1 --vgg rando
 
 def parse(argv):
     """Return the Config of a command line; a bad one exits with one line and code 2."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     parser.description = __doc__.partition("\n")[0]
     parser.error = lambda message: parser.exit(2, f"{message}: see main.py --help\n")
 
@@ -83,20 +91,29 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         kind = hints[field.name].__origin__
         allowed, meaning = hints[field.name].__metadata__
-        flag = "--" + field.name.replace("_", "-")
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", help=meaning)
-        else:
-            parser.add_argument(
-                flag,
-                type=checked(kind, allowed),
-                default=field.default,
-                metavar={int: "N", float: "X"}.get(kind, "PATH"),
-                help=f"{meaning} (%(default)s)",
-            )
-    if parser.parse_args(argv).demo:
-        argv = DEMO.split() + argv  # the last one counts
-    return Config(**vars(parser.parse_args(argv)))
+        how = {"action": "store_true"}
+        if kind is not bool:
+            metavar = {int: "N", float: "X"}.get(kind, "PATH")
+            how = {"type": checked(kind, allowed), "metavar": metavar}
+            meaning += f" ({field.default})" if field.default is not None else ""
+        parser.add_argument(flag(field.name), help=meaning, **how)
+    given = vars(parser.parse_args(argv))
+    before = DEMO.split() if "demo" in given else []
+    if "resume" in given:
+        fixed = given.keys() - {"resume", "epochs", "data_dir", "runs_dir"}
+        if fixed:
+            parser.error(f"{flag(min(fixed))} is that of the run: leave it out")
+        for name, value in helper.read_run(given["resume"])["config"].items():
+            if value is True:
+                before.append(flag(name))
+            elif value is not None and value is not False:
+                before.append(f"{flag(name)}={value}")
+    return Config(**vars(parser.parse_args(before + argv)))  # the last one counts
+
+
+def flag(name):
+    """Return the flag of a Config field."""
+    return "--" + name.replace("_", "-")
 
 
 # ----------------------------------------------------------------------- network
@@ -188,6 +205,17 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
     return upscore(x, 8, "pool3")  # (B, H, W, C)
 
 
+def load_weights(model, path):
+    """Load a best.weights.h5; raise ProgramError if it is not one of this network."""
+    try:
+        model.load_weights(path)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ProgramError(
+            f"{path}: not weights of this FCN-8s ({reason}): name a best.weights.h5"
+        ) from error
+
+
 # ---------------------------------------------------------------------- training
 
 
@@ -232,13 +260,15 @@ def optimize(
     steps_per_epoch,
     seed,
 ):
-    """Return train_step and the state it changes, as a tf.train.Checkpoint.
+    """Return train_step and the run's state, as a tf.train.Checkpoint.
 
     train_step(images, labels, weights) minimises the cross entropy over the batch's
     valid pixels plus the L2 term and returns both and the gradient's norm, (3,)
     float32. `vgg_variables` learn at `vgg_learning_rate`, the decoder at
     `learning_rate`. Rates rise in a line over the first epoch, then fall in a half
-    cosine to 0; the gradient is clipped to norm 1.
+    cosine to 0; the gradient is clipped to norm 1. Beside what train_step changes the
+    state has what train_nn counts: `epoch`, those that are over, `totals` of the one
+    that is not (loss, L2, gradient norm, seconds), and the `best` weights.
     """
     schedule = keras.optimizers.schedules.CosineDecay(
         learning_rate / steps_per_epoch,
@@ -269,14 +299,22 @@ def optimize(
         step.assign_add(1)
         return tf.stack([loss, l2, norm])
 
-    return train_step, tf.train.Checkpoint(model=model, optimizer=optimizer, step=step)
+    with tf.device("CPU"):  # a second set of weights would crowd a GPU
+        progress = {
+            "epoch": tf.Variable(0, dtype=tf.int64),
+            "totals": tf.Variable(tf.zeros(4, tf.float64)),
+            "best": [tf.Variable(tf.convert_to_tensor(v)) for v in variables],
+        }
+    state = tf.train.Checkpoint(model=model, optimizer=optimizer, step=step, **progress)
+    return train_step, state
 
 
 @tf.function(reduce_retracing=True)
 def holdout_step(model, images, labels):
     """Return a batch's summed cross entropy and its confidence histogram."""
     logits = model(images, training=False)
-    histogram = helper.confidence_histogram(tf.nn.softmax(logits)[..., 1], labels)
+    confidence = helper.to_confidence(tf.nn.softmax(logits)[..., 1])
+    histogram = helper.confidence_histogram(confidence, labels)
     return tf.reduce_sum(cross_entropy(logits, labels)), histogram
 
 
@@ -295,52 +333,104 @@ def evaluate(model, batches):
 
 
 def train_nn(
-    epochs, batch_size, get_batches_fn, names, train_step, steps_per_epoch, end_epoch
+    epochs,
+    batch_size,
+    get_batches_fn,
+    names,
+    train_step,
+    steps_per_epoch,
+    state,
+    end_epoch,
+    stopping,
 ):
-    """Train for `epochs` epochs of `steps_per_epoch` steps.
+    """Train from `state` on to `epochs` epochs of `steps_per_epoch` steps.
 
-    get_batches_fn and names are those of gen_batch_function, train_step is that of
-    optimize; end_epoch gets a record of each epoch's means and speed. Raises
-    ProgramError at a loss that is not finite, with the step it first happened in and
-    its files; end_epoch never sees that epoch.
+    get_batches_fn and names are those of gen_batch_function, train_step and state those
+    of optimize; end_epoch gets a record of each epoch's means and speed. Returns after
+    the step in which `stopping` becomes true. Raises ProgramError at a loss that is not
+    finite, with the step it first happened in and its files; end_epoch never sees that
+    epoch.
     """
-    batches = iter(get_batches_fn(batch_size, range(epochs * steps_per_epoch)))
-    step = 0
-    for epoch in range(1, epochs + 1):
-        start = fetched = time.perf_counter()
-        pending, values = [], []
-        with tqdm(None, f"epoch {epoch}", steps_per_epoch, False, disable=None) as bar:
-            while len(values) < steps_per_epoch:
+    first = step = int(state.step)
+    batches = iter(get_batches_fn(batch_size, range(first, epochs * steps_per_epoch)))
+    for epoch in range(int(state.epoch) + 1, epochs + 1):
+        last = epoch * steps_per_epoch
+        pending, totals = [], state.totals.numpy()
+        fetched = time.perf_counter()
+        bar = tqdm(None, f"epoch {epoch}", steps_per_epoch, False, disable=None)
+        with bar:
+            bar.update(step - last + steps_per_epoch)
+            while step < last:
                 before = time.perf_counter()
                 pending.append(train_step(*next(batches)))
                 now = time.perf_counter()
                 step += 1
-                if step == 2 and not tf.config.list_physical_devices("GPU"):
+                if step == first + 2 and not tf.config.list_physical_devices("GPU"):
                     minutes = (now - before) * steps_per_epoch / 60
                     bar.write(f"no GPU: an epoch takes about {minutes:.1f} minutes")
-                if now - fetched < 1 and step < epoch * steps_per_epoch:
+                if now - fetched < 1 and step < last and not stopping:
                     continue
                 # the host waits for the device here, hence once a second, not each step
-                for value in tf.stack(pending).numpy().astype(float):
+                values = tf.stack(pending).numpy().astype(float)
+                for bad, value in enumerate(values, step - len(pending)):
                     if not np.isfinite(value).all():
-                        bad = (epoch - 1) * steps_per_epoch + len(values)
                         files = ", ".join(names(batch_size, bad))
                         raise ProgramError(
                             f"step {bad + 1} gave {value.tolist()} (loss, L2, gradient "
                             f"norm) on {files}: look at these, or lower --learning-rate"
                         )
-                    values.append(value)
-                pending, fetched = [], time.perf_counter()
-                bar.update(len(values) - bar.n)
-                bar.set_postfix(loss=f"{values[-1][0]:.4f}")
-        seconds = time.perf_counter() - start
-        means = zip(("loss", "l2", "gradient_norm"), np.mean(values, axis=0))
-        images = len(values) * batch_size
-        speed = {"seconds": seconds, "images_per_second": images / seconds}
-        end_epoch({"epoch": epoch, "step": step, **dict(means), **speed})
+                    totals[:3] += value
+                now = time.perf_counter()
+                totals[3] += now - fetched
+                state.totals.assign(totals)
+                pending, fetched = [], now
+                bar.update(len(values))
+                bar.set_postfix(loss=f"{value[0]:.4f}")
+                if stopping:
+                    return
+        loss, l2, norm = totals[:3] / steps_per_epoch
+        record = {"epoch": epoch, "step": step, "loss": loss, "l2": l2}
+        record |= {"gradient_norm": norm, "seconds": totals[3]}
+        record["images_per_second"] = steps_per_epoch * batch_size / totals[3]
+        state.epoch.assign(epoch)
+        state.totals.assign(tf.zeros_like(totals))
+        end_epoch(record)
+        if stopping:
+            return
 
 
 # ----------------------------------------------------------------------- program
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM came; its number is the argument."""
+
+
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+def stop(signum, frame):
+    """End the program where it is."""
+    raise Stopped(signum)
+
+
+@contextlib.contextmanager
+def noting_signals():
+    """Yield the list of signals that came; a second one ends the program at once."""
+    noted = []
+
+    def note(signum, frame):
+        noted.append(signum)
+        os.write(1, b"stopping after this step; a second signal stops at once\n")
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = [signal.signal(each, note) for each in SIGNALS]
+    try:
+        yield noted
+    finally:
+        for each, handler in zip(SIGNALS, before):
+            signal.signal(each, handler)
 
 
 def describe_device():
@@ -360,61 +450,102 @@ def describe_device():
 
 
 def run(config):
-    """Train as `config` says and return the run's folder."""
+    """Train as `config` says, score, and return the run's folder."""
+    if config.resume and helper.read_run(config.resume)["finished"]:
+        weights = config.resume / helper.WEIGHTS
+        print(f"{config.resume} is finished; its weights are {weights}")
+        return config.resume
     device = describe_device()  # first of all: memory growth is set before any use
+    if config.deterministic:
+        print("deterministic: the same bits on every run, at a lower speed on a GPU")
+        tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
     data_dir, vgg_path = config.data_dir, config.vgg
-    if vgg_path not in ("downloaded", "random") and not Path(vgg_path).is_file():
-        raise ProgramError(f"--vgg {vgg_path}: no such file: correct or omit it")
+    named = config.weights or vgg_path
+    if named not in ("downloaded", "random") and not Path(named).is_file():
+        raise ProgramError(f"{named}: no such file: correct --weights or --vgg")
     if config.demo:
         print("a demonstration on drawn roads; the real run is: python main.py")
         data_dir = data_dir / "demo"
         helper.maybe_draw_kitti_road(data_dir)
     else:
         helper.maybe_download_kitti_road(data_dir)
-    if vgg_path == "downloaded":
+    restored = config.resume and helper.find_checkpoints(config.resume)
+    if restored or config.weights:
+        vgg_path = "random"  # for what is loaded then
+    elif vgg_path == "downloaded":
         vgg_path = helper.maybe_download_pretrained_vgg(config.data_dir)
-    split = helper.find_images(data_dir, config.holdout_fraction, config.batch_size)
+    split = helper.find_images(
+        data_dir, config.holdout_fraction, config.batch_size, config.submission
+    )
     training, holdout, test_paths = split
     image_shape = config.image_height, config.image_width
     steps = len(training) // config.batch_size  # an epoch
-
-    image_input, *pools = load_vgg(vgg_path, config.keep_prob)
-    model = keras.Model(image_input, layers(*pools, NUM_CLASSES, config.l2))
-    train_step, state = optimize(
-        model,
-        keras.Model(image_input, pools).trainable_variables,
-        config.learning_rate,
-        config.vgg_learning_rate,
-        config.epochs,
-        steps,
-        config.seed,
-    )
-    batches = helper.gen_batch_function(training, image_shape, config.seed)
-    get_holdout_fn, _ = helper.gen_batch_function(holdout, image_shape)
     facts = {
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(config) | {"resume": None},
         "device": device,
         "data": dict(zip(("training", "holdout", "test"), map(len, split))),
     }
-    size = 8 * model.count_params() + 10**6 * len(test_paths)
-    with helper.run_folder(config.runs_dir, size, facts) as (run_dir, record):
-
-        def end_epoch(epoch):
-            epoch |= evaluate(model, get_holdout_fn(config.batch_size))
-            epoch["learning_rate"] = float(state.optimizer.learning_rate)
-            print(*(f"{name} {value:.5g}" for name, value in epoch.items()))
-            helper.write_epoch(run_dir, record, epoch, model)
-
-        train_nn(
-            config.epochs, config.batch_size, *batches, train_step, steps, end_epoch
+    with helper.run_folder(config.runs_dir, config.resume, facts) as (run_dir, record):
+        image_input, *pools = load_vgg(vgg_path, config.keep_prob)
+        model = keras.Model(image_input, layers(*pools, NUM_CLASSES, config.l2))
+        if config.weights and not restored:
+            load_weights(model, config.weights)
+        train_step, state = optimize(
+            model,
+            keras.Model(image_input, pools).trainable_variables,
+            config.learning_rate,
+            config.vgg_learning_rate,
+            config.epochs,
+            steps,
+            config.seed,
         )
-        if config.epochs:
-            model.load_weights(run_dir / helper.WEIGHTS)  # the best, not the last
-        else:
-            helper.write_weights(run_dir, model)
+        kept = 3 - len(restored or ()) if config.epochs else 0  # two, and a new one
+        size = (8 + 16 * kept) * model.count_params() + 10**6 * len(test_paths)
+        helper.need_space(run_dir, size, "a run")
+        if config.epochs or config.resume:
+            batches = helper.gen_batch_function(training, image_shape, config.seed)
+            get_holdout_fn, _ = helper.gen_batch_function(holdout, image_shape)
+            checkpoints = helper.Checkpoints(run_dir, record, state)
+            if config.resume:
+                checkpoints.restore(config.epochs * steps)
+
+            def end_epoch(epoch):
+                epoch |= evaluate(model, get_holdout_fn(config.batch_size))
+                epoch["learning_rate"] = float(state.optimizer.learning_rate)
+                print(*(f"{name} {value:.5g}" for name, value in epoch.items()))
+                helper.write_epoch(run_dir, record, epoch, state)
+                checkpoints.save(60 * config.checkpoint_minutes)
+
+            with noting_signals() as noted:
+                train_nn(
+                    config.epochs,
+                    config.batch_size,
+                    *batches,
+                    train_step,
+                    steps,
+                    state,
+                    end_epoch,
+                    noted,
+                )
+                checkpoints.save()
+            if noted:
+                raise Stopped(noted[0])
+        helper.copy_weights(model.trainable_variables, state.best)
+        if not record["history"]:
+            helper.write_weights(run_dir, state)
+        if holdout:
+            record["scores"] = helper.score_holdout(
+                run_dir, model, holdout, image_shape, config.batch_size
+            )
+            helper.print_scores(record["scores"])
         helper.save_inference_samples(
-            run_dir, model, test_paths, image_shape, config.batch_size
+            run_dir,
+            model,
+            test_paths,
+            image_shape,
+            config.batch_size,
+            config.submission,
         )
     print(f"{len(test_paths)} segmented test images and the weights are in {run_dir}")
     return run_dir
@@ -422,9 +553,9 @@ def run(config):
 
 def main(argv=None):
     """Run the program on a command line; return its exit code."""
-    config = parse(sys.argv[1:] if argv is None else argv)
     code = 1
     try:
+        config = parse(sys.argv[1:] if argv is None else argv)
         run(config)
         return 0
     except ProgramError as error:
@@ -435,13 +566,20 @@ def main(argv=None):
         place = error.filename or f"{config.data_dir} or {config.runs_dir}"
         reason = " ".join(str(error.strerror or error).split())  # h5py's has two lines
         message = f"{place}: {reason}: make room, or set --data-dir and --runs-dir"
-    except KeyboardInterrupt:
-        message, code = "stopped by Ctrl-C", 130
+    except KeyboardInterrupt as stopped:
+        signum = signal.Signals(*stopped.args or [signal.SIGINT])
+        message, code = f"stopped by {signum.name}", 128 + signum
     print(message, file=sys.stderr)
     return code
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts may ignore it
+def program():
+    """Be the program: handle signals, and exit with its code."""
+    for each in SIGNALS:  # scripts may start it with SIGINT ignored
+        signal.signal(each, stop)
     sys.stdout.reconfigure(line_buffering=True)  # also where it goes to a file
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    program()

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import re
@@ -909,6 +910,11 @@ class TrainNn(Case):
     def train(self, values, epochs=2, steps=10):
         """Train on a train_step that answers `values`; return the epochs' records."""
         asked, records = [], []
+        self.state = tf.train.Checkpoint(
+            step=tf.Variable(0),
+            epoch=tf.Variable(0),
+            totals=tf.Variable(np.zeros(4)),
+        )
 
         def get_batches_fn(batch_size, steps):
             asked.append((batch_size, steps))
@@ -921,7 +927,9 @@ class TrainNn(Case):
             lambda batch_size, step: [f"file {step}", "another"],
             lambda step: tf.constant(values[step]),
             steps,
+            self.state,
             records.append,
+            [],
         )
         self.assertEqual(asked, [(3, range(epochs * steps))])
         return records
@@ -1036,7 +1044,7 @@ class Scores(Case):
         for value, label in zip(road.ravel(), labels.ravel()):
             if label != VOID:
                 expected[label, int(np.rint(np.float32(value * 255)))] += 1
-        ours = helper.confidence_histogram(road, labels)
+        ours = helper.confidence_histogram(helper.to_confidence(road), labels)
         np.testing.assert_array_equal(ours, expected)
 
     def test_scores_are_the_sums_worked_out_by_hand(self):
@@ -1076,11 +1084,64 @@ class Scores(Case):
         nothing = helper.scores(np.zeros((2, 256)))
         self.assertTrue(np.isfinite(list(nothing.values())).all())
 
+    def test_a_calibration_maps_the_road_to_its_pixels(self):
+        rng = np.random.default_rng(0)
+        turns = [np.linalg.qr(rng.normal(size=(3, 3)))[0] for _ in range(2)]
+        rectification, rotation = (turn * np.linalg.det(turn) for turn in turns)
+        camera, shift = rng.normal(size=(3, 4)), rng.normal(size=3)
+        to_road = np.column_stack([rotation, shift])
+        (self.folder / "image_2").mkdir()
+        (self.folder / "calib").mkdir()
+        lines = {"P2": camera, "R0_rect": rectification, "Tr_cam_to_road": to_road}
+        text = "".join(
+            f"{name}: {' '.join(map(repr, numbers.ravel().tolist()))}\n"
+            for name, numbers in lines.items()
+        )
+        path = self.folder / "calib" / "um_000000.txt"
+        image = self.folder / "image_2" / "um_000000.png"
+        self.assertIsNone(helper.read_homography(image))
+        path.write_text("P0: 1 2 3\n\n" + text)
+        ours = helper.read_homography(image) @ (3, 20, 1)
+        in_camera = rotation.T @ (np.array([3, 0, 20]) - shift)
+        theirs = camera @ [*(rectification @ in_camera), 1]
+        np.testing.assert_allclose(ours, theirs)
+        for damaged in text[:40], text.replace("P2", "P3"), text.replace(".", "x"), "":
+            path.write_text(damaged)
+            with self.assertRaisesRegex(ProgramError, "um_000000.txt: not a calib"):
+                helper.read_homography(image)
+
+    def test_from_above_each_cell_shows_the_pixel_of_its_centre(self):
+        for part in "image_2", "calib":
+            (self.folder / part).mkdir()
+        (self.folder / "calib" / "uu_000000.txt").write_text(helper.DRAWN_CALIBRATION)
+        homography = helper.read_homography(self.folder / "image_2" / "uu_000000.png")
+        pixels = np.random.default_rng(0).integers(0, 255, (375, 1242), np.uint8)
+        view = helper.birds_eye(pixels, homography, VOID)
+        self.assertEqual((view.shape, view.dtype), ((800, 400), np.uint8))
+        outside = 0
+        for row, column in itertools.product(range(0, 800, 7), range(0, 400, 3)):
+            x, z = -9.975 + 0.05 * column, 45.975 - 0.05 * row
+            u, v = 721.5377 * x / z + 609.5593, 721.5377 * 1.65 / z + 172.854
+            inside = 1 <= u <= 1242 and 1 <= v <= 375
+            outside += not inside
+            expected = pixels[int(v) - 1, int(u) - 1] if inside else VOID
+            self.assertEqual(view[row, column], expected, (row, column))
+        self.assertGreater(outside, 100)
+
+    def test_a_drawn_plane_comes_out_as_it_was_drawn(self):
+        homography = np.array([[100.0, 0, 1100], [0, -20, 1000], [0, 0, 1]])
+        plane = np.zeros((1000, 2300), np.uint8)
+        plane[500:, 1100:] = 200  # z < 25 m, right of the middle
+        view = helper.birds_eye(plane, homography, 0)
+        expected = np.zeros((800, 400), np.uint8)
+        expected[420:, 200:] = 200  # (46 - 25) m / 5 cm
+        self.assertLess((view != expected).sum(), 800)
+
 
 # --------------------------------------------------------------------------- run
 
 
-class Run(Case):
+class Program(Case):
     """The whole program, in this process, on drawn data and the small encoder."""
 
     def setUp(self):
@@ -1092,7 +1153,9 @@ class Run(Case):
         """Run main.py; return its exit code, stdout and stderr."""
         paths = ["--data-dir", self.folder / "data", "--runs-dir", self.folder / "runs"]
         small = ["--image-height=32", "--image-width=96", "--epochs=2", "--vgg=random"]
-        command = [str(part) for part in (*paths, *small, *arguments)]
+        return self.call(*paths, *small, *arguments)
+
+    def call(self, *command):
         output, errors = io.StringIO(), io.StringIO()
         with (
             contextlib.redirect_stdout(output),
@@ -1100,7 +1163,7 @@ class Run(Case):
             warnings.catch_warnings(action="ignore"),  # unittest shows Keras's own
         ):
             try:
-                code = main.main(command)
+                code = main.main([str(part) for part in command])
             except SystemExit as leaving:
                 code = leaving.code
         return code, output.getvalue(), errors.getvalue()
@@ -1108,15 +1171,27 @@ class Run(Case):
     def run_dirs(self):
         return sorted((self.folder / "runs").glob("*"))
 
+    def record(self):
+        return json.loads((self.run_dirs()[-1] / "run.json").read_text())
+
+    def assert_refused(self, code, *arguments, said=""):
+        found, _, errors = self.main(*arguments)
+        self.assertEqual(found, code, errors)
+        self.assertRegex(errors, said)
+        self.assertEqual(errors.count("\n"), 1, errors)
+        self.assertNotIn("Traceback", errors)
+
+
+class Run(Program):
     def test_a_run_writes_what_the_readme_promises(self):
         code, output, errors = self.main("--learning-rate", "0.01")
         self.assertEqual((code, errors), (0, ""))
         (run_dir,) = self.run_dirs()
         tests = ["um_000000.png", "umm_000000.png", "uu_000000.png"]
-        self.assertEqual(
-            self.files(run_dir), sorted(["best.weights.h5", "run.json", *tests])
-        )
-        self.assertEqual(len(list(run_dir.iterdir())), 5)  # nothing hidden either
+        holdout = [f"{kind}_road_000005.png" for kind in ("um", "umm", "uu")]
+        self.assertEqual(self.files(run_dir / "holdout"), holdout)
+        names = {"best.weights.h5", "run.json", "holdout", *tests}
+        self.assertEqual({path.name for path in run_dir.iterdir()}, names)
         run = json.loads((run_dir / "run.json").read_text())
         self.assertTrue(run["finished"])
         self.assertEqual(run["config"]["learning_rate"], 0.01)
@@ -1225,13 +1300,8 @@ class Run(Case):
         self.assertIn("0.0001", output)
 
     def assert_refused(self, code, *arguments, said=""):
-        found, _, errors = self.main(*arguments)
-        self.assertEqual(found, code, errors)
-        self.assertRegex(errors, said)
-        self.assertEqual(errors.count("\n"), 1, errors)
-        self.assertNotIn("Traceback", errors)
-        for run_dir in self.run_dirs():
-            self.assertFalse(list(run_dir.glob("*")), "something is left")
+        super().assert_refused(code, *arguments, said=said)
+        self.assertEqual(self.run_dirs(), [], "something is left")
 
     def test_impossible_settings_are_refused_with_one_line(self):
         for line in (
@@ -1266,6 +1336,7 @@ class Run(Case):
         label = training / "gt_image_2" / "umm_road_000004.png"
         self.assert_refused(1, "--batch-size", "16", said="16 is more than the 15")
         self.assert_refused(1, "--vgg", self.folder / "vgg", said="vgg: no such file")
+        self.assert_refused(1, "--weights", training, said="training: no such file")
         test = training.parent / "testing" / "image_2" / "uu_000000.png"
         for path in image, label, test:
             whole = path.read_bytes()
@@ -1312,16 +1383,13 @@ class Run(Case):
         self.assertEqual(code, 1)
         self.assertRegex(errors, r"^out of memory: lower --batch-size.*\n$")
         (run_dir,) = self.run_dirs()
-        self.assertEqual(self.files(run_dir), ["best.weights.h5", "run.json"])
+        here = sorted(path.name for path in run_dir.iterdir())
+        self.assertEqual(here, ["best.weights.h5", "checkpoint", "run.json"])
         self.assertFalse(json.loads((run_dir / "run.json").read_text())["finished"])
 
     def test_ctrl_c_ends_it_with_one_line(self):
-        def interrupt(*_):
-            raise KeyboardInterrupt
-
-        self.patch(main, "train_nn", interrupt)
-        self.assert_refused(130, said="stopped")
-        self.assertEqual(self.run_dirs(), [])
+        self.patch(main, "train_nn", mock.Mock(side_effect=KeyboardInterrupt))
+        self.assert_refused(130, said="stopped by SIGINT")
 
     def test_a_process_says_no_more_than_its_line(self):
         """Once as a process, for what only shows there: import, exit code, signal."""
@@ -1349,8 +1417,402 @@ class Run(Case):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=200)
         self.assertEqual(process.returncode, 130, errors)
-        self.assertEqual(errors.splitlines()[-1], "stopped by Ctrl-C")
+        self.assertEqual(errors.splitlines()[-1], "stopped by SIGINT")
         self.assertNotIn("Traceback", errors)
+
+
+def measures_by_hand(confidence, labels):
+    """Return some of the scores of pixels (N,), threshold by threshold."""
+    confidence, labels = confidence[labels != VOID], labels[labels != VOID]
+    best, levels = {"MaxF": -1}, np.zeros(11)
+    for k in range(256):
+        found = confidence >= k
+        tp, fp = (found & (labels == 1)).sum(), (found & (labels == 0)).sum()
+        precision, recall = tp / (tp + fp + 1e-10), tp / (labels == 1).sum()
+        f1 = 2 * precision * recall / (precision + recall + 1e-10)
+        at = np.arange(11) / 10 <= recall
+        levels[at] = np.maximum(levels[at], precision)
+        if k == 128:
+            iou50 = tp / ((labels == 1).sum() + fp)
+        if f1 > best["MaxF"]:
+            best = {"MaxF": f1, "PRE": precision, "REC": recall, "threshold": k / 255}
+            best |= {"FPR": fp / (labels == 0).sum(), "IoU": f1 / (2 - f1)}
+    best |= {"AP": levels.mean(), "FNR": 1 - best["REC"], "IoU50": iou50}
+    return {name: 100 * value for name, value in best.items()}
+
+
+class Score(Program):
+    def test_scores_follow_from_the_files_in_holdout_alone(self):
+        calibrations = self.folder / "data/data_road/training/calib"
+        (calibrations / "um_000005.txt").unlink()
+        code, output, _ = self.main("--learning-rate", "0.01")
+        self.assertEqual(code, 0)
+        (run_dir,) = self.run_dirs()
+        pooled = {"image": {"urban": []}, "bev": {"urban": []}}
+        for path in sorted((run_dir / "holdout").iterdir()):
+            kind, _, number = path.stem.split("_")
+            labels = self.folder / "data/data_road/training/gt_image_2" / path.name
+            confidence, label = np.asarray(Image.open(path)), helper.read_label(labels)
+            self.assertEqual(confidence.dtype, np.uint8)
+            image = labels.parent.parent / "image_2" / f"{kind}_{number}.png"
+            pairs = {"image": (confidence, label)}
+            if kind != "um":
+                homography = helper.read_homography(image)
+                sides = zip(pairs["image"], (0, VOID))
+                pairs["bev"] = [helper.birds_eye(x, homography, o) for x, o in sides]
+            for plane, pair in pairs.items():
+                pooled[plane]["urban"].append(pair)
+                pooled[plane][kind] = [pair]
+        ours = self.record()["scores"]
+        self.assertEqual(list(ours["image"]), ["um", "umm", "uu", "urban"])
+        self.assertEqual(list(ours["bev"]), ["umm", "uu", "urban"])
+        for plane, kinds in pooled.items():
+            for kind, pairs in kinds.items():
+                x, y = (np.concatenate([a.ravel() for a in p]) for p in zip(*pairs))
+                found = dict(ours[plane][kind])
+                self.assertEqual(found.pop("images"), len(pairs))
+                found.pop("accuracy")
+                expected = measures_by_hand(x, y)
+                self.assertEqual(set(found), set(expected))
+                for name, value in expected.items():
+                    self.assertAlmostEqual(found[name], value, places=5, msg=name)
+                row = rf"{kind} +{len(pairs)} +{ours[plane][kind]['MaxF']:.2f}"
+                self.assertRegex(output, row)
+        image = self.folder / "data/data_road/training/image_2/uu_000005.png"
+        model, _ = small_model()
+        model.load_weights(run_dir / "best.weights.h5")
+        road = helper.predict_road(model, helper.read_image(image)[None], (32, 96))[0]
+        saved = np.asarray(Image.open(run_dir / "holdout" / "uu_road_000005.png"))
+        self.assertLessEqual(np.abs(saved - 255.0 * road).max(), 0.5001)
+
+    def test_trained_weights_are_scored_without_training(self):
+        self.assertEqual(self.main("--epochs", 1, "--holdout-fraction", 0.4)[0], 0)
+        weights = self.run_dirs()[0] / "best.weights.h5"
+        shutil.rmtree(self.folder / "data/data_road/training/calib")
+        self.patch(helper, "maybe_download_pretrained_vgg", None)
+        arguments = "--epochs", 0, "--vgg", "downloaded", "--weights", weights
+        code, output, errors = self.main(*arguments)
+        self.assertEqual((code, errors), (0, ""))
+        self.assertIn("no hold-out image has a calibration", output)
+        both = []
+        for run_dir in self.run_dirs():
+            model, _ = small_model()
+            model.load_weights(run_dir / "best.weights.h5")
+            both.append(model.get_weights()[:-1])
+        for ours, theirs in zip(*both):
+            np.testing.assert_array_equal(ours, theirs)
+        self.assertEqual(self.record()["scores"]["bev"], {})
+        self.assertEqual(self.record()["scores"]["image"]["urban"]["images"], 3)
+        self.assertEqual(self.record()["history"], [])
+        for content in b"", b"no weights", weights.read_bytes()[:5000]:
+            weights.write_bytes(content)
+            self.assert_refused(1, *arguments, said="not weights of this FCN-8s")
+
+    def test_a_submission_is_what_the_benchmark_takes(self):
+        self.assertEqual(self.main("--epochs", 0, "--submission")[0], 0)
+        (run_dir,) = self.run_dirs()
+        with zipfile.ZipFile(run_dir / "submission.zip") as archive:
+            names = [f"{kind}_road_000000.png" for kind in ("um", "umm", "uu")]
+            self.assertEqual(sorted(archive.namelist()), names)
+            content = io.BytesIO(archive.read("uu_road_000000.png"))
+        view = Image.open(content)
+        self.assertEqual((view.size, view.mode), ((400, 800), "L"))
+        path = self.folder / "data/data_road/testing/image_2/uu_000000.png"
+        model, _ = small_model()
+        model.load_weights(run_dir / "best.weights.h5")
+        road = helper.predict_road(model, helper.read_image(path)[None], (32, 96))[0]
+        expected = helper.birds_eye(
+            np.uint8(np.round(255 * road)), helper.read_homography(path), 0
+        )
+        self.assertLessEqual(np.abs(np.asarray(view) - expected.astype(int)).max(), 1)
+        (path.parent.parent / "calib" / "uu_000000.txt").unlink()
+        said = "calib/uu_000000.txt is missing, and 1 in all"
+        self.assert_refused(1, "--submission", said=said)
+        self.assertEqual(len(self.run_dirs()), 1)
+
+
+# ------------------------------------------------------------------------ resume
+
+
+DRIVER = """
+import os, sys, main, project_tests, tensorflow as tf
+moment, signals = sys.argv.pop(1), [int(n) for n in sys.argv.pop(1).split()]
+main.load_vgg = project_tests.small_vgg
+project_tests.kill_at(moment, signals)
+main.program()
+"""
+
+
+def kill_at(moment, signals):
+    """Have the program send itself `signals` at a moment; return what was replaced."""
+
+    def kill(condition=True):
+        for signum in signals if condition else ():
+            os.kill(os.getpid(), signum)
+
+    def with_kill(train_step, state):
+        def step(*batch):
+            result = train_step(*batch)
+            kill(int(state.step) == int(moment))
+            return result
+
+        return step, state
+
+    def half_written(manager):
+        Path(manager.directory, "ckpt-9_temp").mkdir()
+        Path(manager.directory, "ckpt-9_temp", "part-0").write_bytes(b"half")
+        kill()
+
+    optimize, evaluate = main.optimize, main.evaluate
+    if moment.isdigit():
+        new = main, "optimize", lambda *args: with_kill(*optimize(*args))
+    elif moment == "evaluating":
+        new = main, "evaluate", lambda *args: (kill(), evaluate(*args))[1]
+    elif moment == "writing":
+        new = tf.train.CheckpointManager, "save", half_written
+    else:
+        new = helper, "save_inference_samples", lambda *args: kill()
+    return mock.patch.object(*new).start()
+
+
+class Resume(Program):
+    """Kill it in every way; what comes out is what was never killed."""
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(mock.patch.stopall)
+
+    def stopped(self, moment, *arguments, signum=signal.SIGTERM):
+        """Run until `moment`; return the code, stdout and stderr."""
+        kill_at(str(moment), [signum])
+        try:
+            return self.main(*arguments)
+        finally:
+            mock.patch.stopall()
+            self.patch(main, "load_vgg", small_vgg)
+
+    def resume(self, *arguments):
+        return self.call("--resume", self.run_dirs()[-1], *arguments)
+
+    def process(self, moment, signals, *arguments):
+        """Run as a process until `moment`; return the exit code, stdout and stderr."""
+        command = [sys.executable, "-c", DRIVER, str(moment), signals]
+        done = subprocess.run(
+            [*command, *map(str, arguments)],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=Path(main.__file__).parent,
+            timeout=200,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def outcome(self, run_dir):
+        """Return all that must be equal: weights, history, scores, pictures."""
+        model, _ = small_model()
+        model.load_weights(run_dir / "best.weights.h5")
+        record = json.loads((run_dir / "run.json").read_text())
+        self.assertTrue(record["finished"])
+        self.assertFalse((run_dir / "checkpoint").exists())
+        for epoch in record["history"]:
+            self.assertGreater(epoch.pop("seconds"), 0)
+            self.assertGreater(epoch.pop("images_per_second"), 0)
+        return {
+            "weights": [w.numpy().tobytes() for w in model.trainable_variables],
+            **{name: record[name] for name in ("history", "best_epoch", "scores")},
+            **{path.name: path.read_bytes() for path in run_dir.rglob("*.png")},
+        }
+
+    def test_stopped_anywhere_and_resumed_it_ends_with_the_same_bits(self):
+        self.assertEqual(self.main("--epochs", 3)[0], 0)
+        expected = self.outcome(self.run_dirs()[0])
+        moments = [
+            (2, signal.SIGTERM, 143, 2),  # inside the first epoch
+            (3, signal.SIGINT, 130, 3),  # at an epoch's end, before its scores
+            ("evaluating", signal.SIGTERM, 143, 3),
+            (8, signal.SIGTERM, 143, 8),
+            (9, signal.SIGINT, 130, 9),  # the last step
+        ]
+        steps = []
+        for moment, signum, code, step in moments:
+            with self.subTest(moment):
+                kill_at(str(moment), [signum])
+                found, output, errors = (self.resume if steps else self.main)(
+                    *([] if steps else ["--epochs", 3])
+                )
+                mock.patch.stopall()
+                self.patch(main, "load_vgg", small_vgg)
+                self.assertEqual(found, code)
+                name = signal.Signals(signum).name
+                self.assertEqual(errors, f"stopped by {name}\n")
+                self.assertIn(f"main.py --resume {self.run_dirs()[-1]}", output)
+                if steps:
+                    self.assertIn(f"resumed at step {steps[-1]} of 9", output)
+                steps.append(step)
+        self.assertEqual(self.resume()[0], 0)
+        self.assertEqual(self.record()["resumed"], steps)
+        self.assertEqual(self.outcome(self.run_dirs()[1]), expected)
+
+    def test_a_process_survives_every_kill(self):
+        self.assertEqual(self.main()[0], 0)
+        expected = self.outcome(self.run_dirs()[0])
+        begin = ["--data-dir", self.folder / "data", "--runs-dir", self.folder / "runs"]
+        begin += ["--image-height=32", "--image-width=96", "--epochs=2", "--vgg=random"]
+        begin.append("--checkpoint-minutes=0")
+        moments = [
+            ("2", "9", -9, 0),  # before any checkpoint
+            ("writing", "9", -9, 0),  # the first checkpoint
+            ("5", "9", -9, 3),
+            ("5", "15 15", -15, 3),  # the second signal ends it at once
+            ("4", "2", 130, 4),
+            ("writing", "9", -9, 4),
+            ("saving", "9", -9, 6),
+        ]
+        arguments, resumed = begin, []
+        for moment, signals, code, step in moments:
+            with self.subTest(f"{signals} at {moment}"):
+                found, output, errors = self.process(moment, signals, *arguments)
+                self.assertEqual(found, code, errors)
+                if arguments is not begin:
+                    self.assertIn(f"resumed at step {resumed[-1]} of 6", output)
+                arguments = ["--resume", self.run_dirs()[-1]]
+                resumed.append(step)
+        self.assertEqual(self.resume()[0], 0)
+        self.assertEqual(self.record()["resumed"], resumed)
+        self.assertEqual(self.outcome(self.run_dirs()[1]), expected)
+
+    def test_a_damaged_checkpoint_gives_way_to_the_one_before(self):
+        self.assertEqual(self.main()[0], 0)
+        expected = self.outcome(self.run_dirs()[0])
+        self.assertEqual(self.stopped(5, "--checkpoint-minutes", 0)[0], 143)
+        run_dir = self.run_dirs()[1]
+        folder = run_dir / "checkpoint"
+        whole = self.folder / "whole"
+        shutil.copytree(run_dir, whole)
+        data = folder / "ckpt-2.data-00000-of-00001"
+        bytes_ = bytearray(data.read_bytes())
+        bytes_[len(bytes_) // 2] ^= 1
+        damages = {
+            "a bit": lambda: data.write_bytes(bytes_),
+            "cut": lambda: data.write_bytes(bytes_[:1000]),
+            "gone": lambda: data.unlink(),
+            "index": lambda: (folder / "ckpt-2.index").write_bytes(b"damaged"),
+        }
+        for name, damage in damages.items():
+            with self.subTest(name):
+                shutil.rmtree(run_dir)
+                shutil.copytree(whole, run_dir)
+                damage()
+                code, output, _ = self.resume()
+                self.assertEqual(code, 0)
+                self.assertIn("ckpt-2 is damaged", output)
+                self.assertIn("resumed at step 3 of 6", output)
+                self.assertEqual(self.outcome(run_dir), expected)
+        shutil.rmtree(run_dir)
+        shutil.copytree(whole, run_dir)
+        (folder / "checkpoint").write_bytes(b"damaged")
+        (folder / "ckpt-3_temp").mkdir()
+        code, output, _ = self.resume()
+        self.assertIn("the list of checkpoints is damaged", output)
+        self.assertIn("resumed at step 5 of 6", output)
+        self.assertEqual(self.outcome(run_dir), expected)
+        shutil.rmtree(run_dir)
+        shutil.copytree(whole, run_dir)
+        for path in folder.glob("*.index"):
+            path.write_bytes(b"damaged")
+        code, _, errors = self.resume()
+        self.assertEqual(code, 1)
+        self.assertRegex(errors, "^.*no checkpoint can be restored: remove this.*\n$")
+
+    def test_at_most_two_checkpoints_are_kept(self):
+        kept = []
+        evaluate = main.evaluate
+
+        def count(*arguments):
+            kept.append(len(helper.find_checkpoints(self.run_dirs()[-1])))
+            return evaluate(*arguments)
+
+        self.patch(main, "evaluate", count)
+        self.assertEqual(self.main("--epochs", 5, "--checkpoint-minutes", 0)[0], 0)
+        self.assertEqual(kept, [0, 1, 2, 2, 2])
+        kept.clear()
+        self.assertEqual(self.main("--epochs", 5)[0], 0)  # every 5 minutes
+        self.assertEqual(kept, [0] * 5)
+
+    def test_a_finished_run_is_left_as_it_is(self):
+        self.assertEqual(self.main("--epochs", 1)[0], 0)
+        (run_dir,) = self.run_dirs()
+        before = [(path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")]
+        code, output, errors = self.resume()
+        self.assertEqual((code, errors), (0, ""))
+        self.assertIn(f"is finished; its weights are {run_dir}/best", output)
+        after = [(path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")]
+        self.assertEqual(before, after)
+
+    def test_a_run_keeps_its_settings(self):
+        rate = ["--learning-rate", "0.00123", "--keep-prob", "0.7", "--submission"]
+        self.assertEqual(self.stopped(4, *rate)[0], 143)
+        config = self.record()["config"]
+        for flag in "--seed=0", "--learning-rate=0.00123", "--demo", "--vgg=random":
+            code, _, errors = self.resume(flag)
+            self.assertEqual(code, 2)
+            self.assertIn(flag.partition("=")[0], errors)
+        code, _, errors = self.resume("--epochs", 1)
+        self.assertEqual((code, errors.count("\n")), (1, 1))
+        self.assertIn("is at step 4 of --epochs' 3", errors)
+        other = self.folder / "other"
+        helper.maybe_draw_kitti_road(other, training=21, testing=3)
+        code, _, errors = self.resume("--data-dir", other)
+        self.assertEqual((code, errors.count("\n")), (1, 1))
+        self.assertIn("was begun with", errors)
+        code, output, _ = self.resume("--epochs", 3, "--data-dir", self.folder / "data")
+        self.assertEqual(code, 0)
+        self.assertIn("resumed at step 4 of 9", output)
+        record = self.record()
+        self.assertEqual(record["config"], config | {"epochs": 3})
+        rates = [epoch["learning_rate"] for epoch in record["history"]]
+        # over the new length: half of the cosine after epoch 2, all of it after 3
+        np.testing.assert_allclose(rates, [0.00123, 0.00123 / 2, 0], atol=1e-9)
+
+    def test_two_programs_do_not_work_on_one_run(self):
+        self.assertEqual(self.stopped(4)[0], 143)
+        with helper.locked(self.run_dirs()[0] / "checkpoint" / "run"):
+            code, _, errors = self.resume()
+        self.assertEqual((code, errors.count("\n")), (1, 1))
+        self.assertIn("another program works on this run", errors)
+        self.assertEqual(self.resume()[0], 0)
+
+    def test_what_is_no_run_is_named(self):
+        for content in None, "", "{", "[]", "{}":
+            folder = self.folder / "runs" / "x"
+            folder.mkdir(parents=True, exist_ok=True)
+            if content is not None:
+                (folder / "run.json").write_text(content)
+            code, _, errors = self.resume()
+            self.assertEqual((code, errors.count("\n")), (1, 1))
+            self.assertIn(f"{folder}/run.json: not the record of a run", errors)
+
+    def test_a_full_disk_leaves_the_last_good_checkpoint(self):
+        full = tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+        save, calls = tf.train.CheckpointManager.save, []
+
+        def fill(manager):
+            calls.append(manager)
+            if len(calls) == 2:
+                Path(manager.directory, "ckpt-2_temp").mkdir()
+                raise full
+            return save(manager)
+
+        patcher = mock.patch.object(tf.train.CheckpointManager, "save", fill)
+        with patcher:
+            code, _, errors = self.main("--checkpoint-minutes", 0)
+        self.assertEqual((code, errors.count("\n")), (1, 1))
+        self.assertRegex(errors, "checkpoint: No space left on device: .* is kept")
+        names = [path.name for path in (self.run_dirs()[0] / "checkpoint").iterdir()]
+        self.assertNotIn("ckpt-2_temp", names)
+        self.assertIn("ckpt-1.index", names)
+        self.assertEqual(self.resume()[0], 0)
+        self.assertEqual(self.record()["resumed"], [3])
 
 
 if __name__ == "__main__":
