@@ -4,8 +4,10 @@ Images are RGB uint8 (H, W, 3); labels are uint8 ids (H, W): 0 background, 1 roa
 255 void. Only this module writes to the disk.
 """
 
+import collections
 import contextlib
 import hashlib
+import html
 import importlib.metadata
 import itertools
 import json
@@ -13,9 +15,11 @@ import os
 import shlex
 import shutil
 import time
+import urllib.parse
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
+import imageio.v2 as imageio
 import imageio.v3 as iio
 import numpy as np
 import requests  # comes with tensorflow
@@ -30,8 +34,10 @@ except ImportError:  # Windows: there nothing keeps two programs off one file
     fcntl = None
 
 VOID = 255
+IMAGES = ".png", ".jpg", ".jpeg"
 WEIGHTS = "best.weights.h5"  # of a run folder
 CHECKPOINTS = "checkpoint"  # likewise
+FRAMES = "frames"  # in there: of progress.gif
 VGG_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels.h5"
 VGG_URLS = (
     f"https://storage.googleapis.com/tensorflow/keras-applications/vgg16/{VGG_FILE}",
@@ -74,12 +80,23 @@ def beside(path):
         clear()
 
 
-def in_parallel(task, items, title):
-    """Do `task` for every item on all cores, behind a bar; the first error ends it."""
+def ahead(task, items):
+    """Yield task(item) in order, done on all cores, up to 16 items ahead."""
     with ThreadPoolExecutor() as pool:
-        done = pool.map(task, items)
-        for _ in tqdm(done, title, len(items), unit="image", disable=None):
-            pass
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(task, item))
+            if len(waiting) > 16:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def in_parallel(task, items, title, total=None):
+    """Do `task` for every item on all cores, behind a bar; the first error ends it."""
+    total = len(items) if total is None else total
+    for _ in tqdm(ahead(task, items), title, total, unit="image", disable=None):
+        pass
 
 
 # ---------------------------------------------------------------------- download
@@ -254,7 +271,7 @@ def _unpack(archive, folder):
 
 
 @contextlib.contextmanager
-def _naming(path):
+def _naming(path, what="image"):
     try:
         yield
     except MemoryError:
@@ -262,14 +279,14 @@ def _naming(path):
     except Exception as error:  # decoders raise what they like
         reason = str(error).partition("\n")[0]
         raise ProgramError(
-            f"{path}: not a readable image ({reason}): replace or remove it"
+            f"{path}: not a readable {what} ({reason}): replace or remove it"
         ) from error
 
 
 def read_image(path):
-    """Return the image at `path` as RGB uint8 (H, W, 3), whatever its colour mode."""
+    """Return the image at `path` as RGB uint8 (H, W, 3), upright, whatever its mode."""
     with _naming(path):
-        return iio.imread(path, plugin="pillow", index=0, mode="RGB")
+        return iio.imread(path, plugin="pillow", index=0, mode="RGB", rotate=True)
 
 
 def read_label(path):
@@ -593,16 +610,26 @@ def overlay(image, road):
     return np.where(road[..., None] >= 0.5, green, image).astype(np.uint8)
 
 
+def segment(model, images, image_shape, batch_size, seconds=None):
+    """Yield (name, image, road probability (H, W) float32) of (name, image) pairs.
+
+    Neighbours of one size share a batch. What the network takes is added to `seconds`.
+    """
+    for _, group in itertools.groupby(images, key=lambda pair: pair[1].shape):
+        while batch := list(itertools.islice(group, batch_size)):
+            start = time.perf_counter()
+            stack = np.stack([image for _, image in batch])
+            roads = predict_road(model, stack, image_shape).numpy()
+            if seconds is not None:
+                seconds.append(time.perf_counter() - start)
+            for (name, image), road in zip(batch, roads):
+                yield name, image, road
+
+
 def gen_test_output(model, image_paths, image_shape, batch_size):
     """Yield (path, image (H, W, 3) uint8, road probability (H, W) float32)."""
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(image_paths), batch_size):
-            paths = image_paths[start : start + batch_size]
-            pairs = zip(paths, pool.map(read_image, paths))
-            for _, group in itertools.groupby(pairs, key=lambda pair: pair[1].shape):
-                paths, images = zip(*group)
-                road = predict_road(model, np.stack(images), image_shape)
-                yield from zip(paths, images, road.numpy())
+    images = ahead(lambda path: (path, read_image(path)), image_paths)
+    return segment(model, images, image_shape, batch_size)
 
 
 def save_inference_samples(
@@ -621,27 +648,97 @@ def save_inference_samples(
             view = birds_eye(to_confidence(road).numpy(), read_homography(path), 0)
             Image.fromarray(view).save(views / road_name(path))
 
-    samples = gen_test_output(model, image_paths, image_shape, batch_size)
-    bar = tqdm(desc="overlays", total=len(image_paths), unit="image", disable=None)
-    with (
-        beside(run_dir / "overlays") as part,
-        beside(run_dir / "submission") as views,
-        ThreadPoolExecutor() as pool,
-        bar,
-    ):
+    with beside(run_dir / "overlays") as part, beside(run_dir / "submission") as views:
         part.mkdir()
         views.mkdir()
-        while group := list(itertools.islice(samples, batch_size)):
-            bar.update(sum(1 for _ in pool.map(save, group)))
+        samples = gen_test_output(model, image_paths, image_shape, batch_size)
+        in_parallel(save, samples, "overlays", len(image_paths))
         if submission:
             shutil.make_archive(part / "submission", "zip", views)
         for path in part.iterdir():
             os.replace(path, run_dir / path.name)
 
 
+def predict(run_dir, model, path, image_shape, batch_size):
+    """Write overlays of an image, of a folder's images or of a video into `run_dir`.
+
+    Images keep their names and formats; a video becomes an mp4 of its size, rate and
+    number of frames. Raises ProgramError at the end for images that cannot be read.
+    """
+    broken, seconds, start = [], [], time.perf_counter()
+
+    def read(path):
+        try:
+            return path, read_image(path)
+        except ProgramError as error:
+            broken.append(str(error))
+
+    def save(sample):
+        path, image, road = sample
+        with beside(run_dir / path.name) as part:
+            Image.fromarray(overlay(image, road)).save(part, quality=92)
+            os.replace(part, run_dir / path.name)
+
+    inference = image_shape, batch_size, seconds
+    if path.is_dir() or path.suffix.lower() in IMAGES:
+        paths = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
+        paths = [path for path in paths if path.suffix.lower() in IMAGES]
+        if not paths:
+            raise ProgramError(f"{path}: no {', '.join(IMAGES)} in it: name another")
+        count = len(paths)
+        images = filter(None, ahead(read, paths))
+        in_parallel(save, segment(model, images, *inference), "overlays", count)
+        done = count - len(broken)
+    else:
+        every = ["-fps_mode", "passthrough"]  # or a varying rate would be evened out
+        with _naming(path, "video"):
+            reader = imageio.get_reader(path, format="FFMPEG", output_params=every)
+            count, rate = reader.count_frames(), reader.get_meta_data()["fps"]
+            height, width, _ = next(iter(reader)).shape
+        sized = {"macro_block_size": 2, "pixelformat": "yuv420p"}
+        if height % 2 or width % 2:  # which colours at half the size cannot have
+            sized = {"macro_block_size": 1, "pixelformat": "yuv444p"}
+        done, target = 0, run_dir / f"{path.stem}.mp4"
+        frames = segment(model, ((path, frame) for frame in reader), *inference)
+        with beside(target) as part:
+            with imageio.get_writer(part, format="FFMPEG", fps=rate, **sized) as video:
+                for _, image, road in tqdm(frames, "frames", count, disable=None):
+                    video.append_data(overlay(image, road))
+                    done += 1
+            os.replace(part, target)
+        if done < count:
+            broken.append(f"{path} ends after frame {done}")
+    total = time.perf_counter() - start
+    print(
+        f"{done} overlays in {run_dir}: {done / total:.1f} a second, of which the "
+        f"network took {100 * sum(seconds) / total:.0f} % of the time"
+    )
+    if broken:
+        raise ProgramError(f"{count - done} of {count} left out: {'; '.join(broken)}")
+
+
+def export(model, folder, image_shape):
+    """Write `model` as a SavedModel: images (B, H, W, 3) uint8 to road (B, H, W)."""
+    if folder.exists():
+        raise ProgramError(f"{folder}: exists: name a new folder with --export")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    need_space(folder.parent, 5 * model.count_params(), "the SavedModel")
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8)])
+    def serve(images):
+        return {"road": predict_road(model, images, image_shape)}
+
+    module = tf.Module()
+    module.model, module.serve = model, serve
+    with beside(folder) as part:
+        tf.saved_model.save(module, part, signatures=serve)
+        os.replace(part, folder)
+
+
 # ------------------------------------------------------------------------ scores
 
 
+MISSED, FALSE = (230, 60, 0), (0, 110, 255)  # colours of errors in the report
 BEV_X, BEV_Z, BEV_CELL = (-10, 10), (6, 46), 0.05  # metres: 800 x 400 cells
 
 
@@ -717,9 +814,11 @@ def score_holdout(run_dir, model, holdout, image_shape, batch_size):
     """Score (image, label) paths at their own size; write their confidences as PNGs.
 
     Returns {"image": {category: measures}, "bev": {...}}, over the categories and all
-    of them, "urban"; "bev", the bird's-eye view, over the calibrated images.
-    `run_dir`/holdout gets the 8-bit values that are scored, under the labels' names.
+    of them, "urban"; "bev", the bird's-eye view, over the calibrated images; and each
+    image's IoU at 0.5. `run_dir`/holdout gets the 8-bit values that are scored, under
+    the labels' names, errors/ the overlays and errors at `image_shape`.
     """
+    each = {}
     kinds = sorted({category(image) for image, _ in holdout})
     counts = {
         plane: {kind: [] for kind in (*kinds, "urban")} for plane in ("image", "bev")
@@ -727,11 +826,21 @@ def score_holdout(run_dir, model, holdout, image_shape, batch_size):
     images = [image for image, _ in holdout]
     samples = gen_test_output(model, images, image_shape, batch_size)
     samples = tqdm(samples, "scoring", len(images), unit="image", disable=None)
-    with beside(run_dir / "holdout") as part:
+    with beside(run_dir / "holdout") as part, beside(run_dir / "errors") as errors:
         part.mkdir()
-        for (image, _, road), (_, label_path) in zip(samples, holdout):
+        errors.mkdir()
+        for (image, pixels, road), (_, label_path) in zip(samples, holdout):
             confidence, label = to_confidence(road).numpy(), read_label(label_path)
             Image.fromarray(confidence).save(part / label_path.name)
+            small = resize_image(pixels, image_shape).numpy()
+            found, truth = (
+                resize_label(ids, image_shape).numpy()
+                for ids in ((road >= 0.5).astype(np.uint8), label)
+            )
+            Image.fromarray(overlay(small, found)).save(errors / f"{image.stem}.jpg")
+            small[(truth == 1) & (found == 0)] = MISSED
+            small[(truth == 0) & (found == 1)] = FALSE
+            Image.fromarray(small).save(errors / f"{image.stem}_errors.jpg")
             pairs = {"image": (confidence, label)}
             if (homography := read_homography(image)) is not None:
                 sides = (confidence, 0), (label, VOID)
@@ -739,9 +848,11 @@ def score_holdout(run_dir, model, holdout, image_shape, batch_size):
             for plane, pair in pairs.items():
                 for kind in category(image), "urban":
                     counts[plane][kind].append(confidence_histogram(*pair).numpy())
-        shutil.rmtree(run_dir / "holdout", ignore_errors=True)
-        os.replace(part, run_dir / "holdout")
-    return {
+            each[image.stem] = scores(counts["image"]["urban"][-1])["IoU50"]
+        for new, old in (part, run_dir / "holdout"), (errors, run_dir / "errors"):
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(new, old)
+    pooled = {
         plane: {
             kind: scores(np.sum(parts, axis=0)) | {"images": len(parts)}
             for kind, parts in groups.items()
@@ -749,6 +860,7 @@ def score_holdout(run_dir, model, holdout, image_shape, batch_size):
         }
         for plane, groups in counts.items()
     }
+    return pooled, each
 
 
 def print_scores(scores):
@@ -781,24 +893,26 @@ def read_run(run_dir):
         ) from error
 
 
+def new_folder(runs_dir):
+    """Make a folder in `runs_dir`, named for the second, with a suffix if taken."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    name = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            (runs_dir / (name + suffix)).mkdir()
+            return runs_dir / (name + suffix)
+
+
 @contextlib.contextmanager
 def run_folder(runs_dir, resume, facts):
     """Make a run's folder, or take up `resume`; yield it and what run.json holds.
 
-    A new one is named for the second, with a suffix if that is taken. `facts` are the
-    run's settings, device and data. `finished` is written, and the checkpoints go,
-    only once the caller is through; if it fails before there is anything to show, a
-    new folder goes again. Raises ProgramError while another program is at work there.
+    `facts` are the run's settings, device and data. `finished` is written, and the
+    checkpoints go, only once the caller is through; if it fails before there is
+    anything to show, a new folder goes again. Raises ProgramError while another
+    program is at work there.
     """
-    run_dir = resume
-    runs_dir.mkdir(parents=True, exist_ok=True)
-    name = time.strftime("%Y%m%d-%H%M%S")
-    suffixes = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-    while run_dir is None:
-        with contextlib.suppress(FileExistsError):
-            new = runs_dir / (name + next(suffixes))
-            new.mkdir()
-            run_dir = new
+    run_dir = resume or new_folder(runs_dir)
     packages = ("tensorflow", "keras", "numpy", "imageio", "pillow")
     facts["versions"] = {name: importlib.metadata.version(name) for name in packages}
     record = {"finished": False, "resumed": [], "history": [], "best_epoch": None}
@@ -810,7 +924,7 @@ def run_folder(runs_dir, resume, facts):
                     f"{run_dir} was begun with {record['data']} images, here are "
                     f"{facts['data']}: name its data set with --data-dir"
                 )
-        record = record | facts | {"scores": {}}
+        record = record | facts | {"scores": {}, "holdout": {}}
         try:
             write_run(run_dir, record)
             yield run_dir, record
@@ -818,6 +932,8 @@ def run_folder(runs_dir, resume, facts):
             shutil.rmtree(run_dir / CHECKPOINTS)
         except BaseException:
             if resume or (run_dir / WEIGHTS).exists() or find_checkpoints(run_dir):
+                with contextlib.suppress(OSError):
+                    write_run(run_dir, record)
                 folder = shlex.quote(str(run_dir))
                 print(f"to go on with this run: python main.py --resume {folder}")
             else:
@@ -826,13 +942,15 @@ def run_folder(runs_dir, resume, facts):
 
 
 def write_run(run_dir, record):
-    """Write `record` as run.json: beside, then renamed."""
-    with beside(run_dir / "run.json") as part:
-        with open(part, "w") as file:
-            json.dump(record, file, indent=1, allow_nan=False, default=str)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave it empty
-        os.replace(part, run_dir / "run.json")
+    """Write `record` as run.json, and the report on it: beside, then renamed."""
+    text = json.dumps(record, indent=1, allow_nan=False, default=str)
+    for name, content in ("run.json", text), ("index.html", report(run_dir, record)):
+        with beside(run_dir / name) as part:
+            with open(part, "w", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave it empty
+            os.replace(part, run_dir / name)
 
 
 def write_epoch(run_dir, record, epoch, state):
@@ -928,6 +1046,9 @@ class Checkpoints:
         self.record["resumed"].append(step)
         self.record["history"] = self.record["history"][:epoch]
         self.record["best_epoch"] = best_epoch(self.record["history"])
+        for frame in (self.folder / FRAMES).glob("*.png"):
+            if int(frame.stem) > epoch:
+                frame.unlink()
         if epoch:
             write_weights(self.run_dir, self.state)
         write_run(self.run_dir, self.record)
@@ -939,6 +1060,7 @@ class Checkpoints:
             return
         if self.record["history"]:
             write_weights(self.run_dir, self.state)
+        write_progress(self.run_dir)
         size = 16 * self.state.model.count_params()
         need_space(self.folder, size + 10**6, "a checkpoint")
         try:
@@ -953,3 +1075,205 @@ class Checkpoints:
             with open(file, "rb") as written:
                 os.fsync(written.fileno())  # or a power cut could take it back
         self.saved_at, self.saved = time.monotonic(), progress
+
+
+# ------------------------------------------------------------------------ report
+
+
+def keep_frame(run_dir, model, path, image_shape, epoch, epochs):
+    """Keep what the network makes of the image at `path`, for at most 60 epochs."""
+    if epoch % -(-epochs // 60) and epoch != epochs:
+        return
+    image = resize_image(read_image(path), image_shape).numpy()
+    road = predict_road(model, image[None], image_shape)[0].numpy()
+    frame = Image.fromarray(overlay(image, road))
+    ImageDraw.Draw(frame).text(
+        (5, 3), f"epoch {epoch}", stroke_width=1, stroke_fill="black"
+    )
+    folder = run_dir / CHECKPOINTS / FRAMES
+    folder.mkdir(exist_ok=True)
+    frame.save(folder / f"{epoch:09}.png")
+
+
+def write_progress(run_dir):
+    """Make progress.gif of the frames that were kept, 60 of them at most."""
+    paths = sorted((run_dir / CHECKPOINTS / FRAMES).glob("*.png"))
+    every = -(-len(paths) // 60) or 1
+    paths = paths[::-1][::every][::-1]  # with the last
+    if paths:
+        with beside(run_dir / "progress.gif") as part:
+            frames = [Image.open(path).convert("RGB") for path in paths]
+            durations = [400] * (len(frames) - 1) + [2500]  # ms
+            rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
+            frames[0].save(part, duration=durations, **rest)
+            os.replace(part, run_dir / "progress.gif")
+
+
+def chart(title, lines, best, log=False):
+    """Return an SVG of {name: [(epoch, value), ...]} with `best`, an epoch, marked."""
+    width, height, left, top, right, bottom = 480, 270, 52, 40, 468, 232
+    points = np.array([point for line in lines.values() for point in line], float)
+    low, high = points[:, 1].min(), points[:, 1].max()
+    nice = [m * 10.0**k for k in range(-7, 9) for m in (1, 2, 5)]
+    if log:
+        low, high = max(low, nice[0]), max(high, nice[0])
+    else:
+        step = next(y for y in nice if y >= (high - low) / 5)
+        nice = step * np.arange(np.floor(low / step), np.ceil(high / step) + 2)
+    ticks = [max(y for y in nice if y <= low)]
+    while ticks[-1] < high or len(ticks) < 2:
+        ticks.append(min(y for y in nice if y > ticks[-1]))
+    scale = np.log10 if log else np.asarray
+    floor, ceiling = scale(ticks[0]), scale(ticks[-1])
+    last = max(points[:, 0].max(), 2)
+
+    def place(epoch, value):
+        x = left + (right - left) * (epoch - 1) / (last - 1)
+        share = (scale(max(value, ticks[0])) - floor) / (ceiling - floor)
+        return round(x, 1), round(float(bottom - (bottom - top) * share), 1)
+
+    parts = [
+        (
+            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">'
+            f'<text x="{left}" y="14" class="title">{title}</text>'
+        )
+    ]
+    for value in ticks:
+        y = place(1, value)[1]
+        parts.append(f'<path class="grid" d="M{left} {y}H{right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" class="end">{value:.4g}</text>')
+    for epoch in range(1, int(last) + 1, -(-int(last) // 10)):
+        x = place(epoch, ticks[0])[0]
+        parts.append(f'<text x="{x}" y="{bottom + 16}" class="mid">{epoch}</text>')
+    parts.append(f'<text x="{right}" y="{height - 4}" class="end">epoch</text>')
+    x = place(best, ticks[0])[0]
+    side, shift = ("end", -4) if best > last / 2 else ("", 4)
+    parts.append(f'<path class="best" d="M{x} {top}V{bottom}"/>')
+    parts.append(
+        f'<text x="{x + shift}" y="{top + 12}" class="{side}">best: {best}</text>'
+    )
+    for index, (name, line) in enumerate(lines.items()):
+        places = [place(*point) for point in line]
+        path = " ".join(f"{x},{y}" for x, y in places)
+        parts.append(f'<polyline class="line{index}" points="{path}"/>')
+        parts += [
+            f'<circle class="dot{index}" cx="{x}" cy="{y}" r="2"/>' for x, y in places
+        ]
+        parts.append(
+            f'<text x="{left + 130 * index}" y="31" class="name{index}">{name}</text>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+STYLE = """
+:root { color-scheme: light dark; --a: #0b6; --b: #d60; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+img, svg { max-width: 100%; height: auto; display: block } .pair img { width: 100% }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
+th, td { text-align: right; padding: .15rem .6rem; border-bottom: 1px solid #8886 }
+th:first-child, td:first-child { text-align: left }
+.pair { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
+figure { margin: 0 0 1rem } figcaption { font-size: .9rem; overflow-wrap: anywhere }
+svg { width: 100% } svg text { font-size: 12px; fill: currentColor } svg .title { font-weight: bold }
+.end { text-anchor: end } .mid { text-anchor: middle } .grid { stroke: #8885 }
+.best { stroke: currentColor; stroke-dasharray: 4 3 } polyline { fill: none; stroke-width: 2 }
+.line0 { stroke: var(--a) } .line1 { stroke: var(--b) } .dot0 { fill: var(--a) }
+.dot1 { fill: var(--b) } svg .name0 { fill: var(--a) } svg .name1 { fill: var(--b) }
+.missed, .false { padding: 0 .4rem; color: #fff }
+"""
+
+
+def report(run_dir, record):
+    """Return a page on a run: settings, scores, curves, pictures, of what there is."""
+
+    def table(rows):
+        cells = [[f"<td>{html.escape(str(cell))}</td>" for cell in row] for row in rows]
+        body = "<tr>".join("".join(row) for row in cells)
+        return f'<div class="wide"><table><tr>{body}</table></div>'
+
+    def picture(path):
+        width, height = Image.open(path).size
+        source = html.escape(urllib.parse.quote(str(path.relative_to(run_dir))))
+        return (
+            f'<img src="{source}" alt="{html.escape(path.stem)}" loading="lazy" '
+            f'width="{width}" height="{height}">'
+        )
+
+    def figures(groups):
+        for caption, paths in groups:
+            pictures = "".join(picture(path) for path in paths if path.exists())
+            caption = html.escape(caption)
+            yield f'<figure><div class="pair">{pictures}</div>'
+            yield f"<figcaption>{caption}</figcaption></figure>"
+
+    history, config = record["history"], record["config"]
+    epochs = f"{len(history)} of {config['epochs']} epochs"
+    state = "finished" if record["finished"] else "not finished"
+    device = record["device"]
+    title = html.escape(f"Run {run_dir.name}")
+    data = ", ".join(f"{n} {name}" for name, n in record["data"].items())
+    body = [
+        f"<h1>{title}: {state}</h1>",
+        (
+            f"<p>FCN-8s on VGG-16 for road segmentation. {epochs}; images: {data}; "
+            f"{html.escape(device['name'])}.</p>"
+        ),
+    ]
+    for plane, name in ("image", "image plane"), ("bev", "bird's-eye view"):
+        kinds = record["scores"].get(plane)
+        if kinds:
+            names = list(next(iter(kinds.values())))
+            rows = [["percent", *names]]
+            rows += [
+                [kind, *(f"{x:.2f}" if isinstance(x, float) else x for x in m.values())]
+                for kind, m in kinds.items()
+            ]
+            body += [f"<h2>Hold-out scores, {name}</h2>", table(rows)]
+    if history:
+        best = record["best_epoch"]
+        charts = {
+            "Loss (cross entropy, nats a pixel, log scale)": {
+                "training": "loss",
+                "hold-out": "holdout_loss",
+            },
+            "Hold-out at network size, percent": {"MaxF": "MaxF", "IoU at 0.5": "IoU"},
+        }
+        body.append('<h2>Training</h2><div class="pair">')
+        for index, (name, fields) in enumerate(charts.items()):
+            lines = {
+                line: [(e["epoch"], e[field]) for e in history if field in e]
+                for line, field in fields.items()
+            }
+            lines = {line: points for line, points in lines.items() if points}
+            if lines:
+                body.append(chart(name, lines, best, log=not index))
+        body.append("</div>")
+    if (progress := run_dir / "progress.gif").exists():
+        body += ["<h2>One image through the epochs</h2>", picture(progress)]
+    if record["holdout"]:
+        body.append(
+            "<h2>Hold-out, from worst to best</h2><p>IoU at 0.5 at the image's own size. "
+            f'<span class="missed" style="background: rgb{MISSED}">missed road</span> '
+            f'<span class="false" style="background: rgb{FALSE}">false road</span></p>'
+        )
+        ranked = sorted(record["holdout"].items(), key=lambda item: item[1])
+        folder = run_dir / "errors"
+        body += figures(
+            (
+                f"{name}: IoU {iou:.2f}",
+                [folder / f"{name}.jpg", folder / f"{name}_errors.jpg"],
+            )
+            for name, iou in ranked
+        )
+    overlays = sorted(run_dir.glob("[!.]*.png"))
+    if overlays:
+        body.append('<h2>Test images</h2><div class="pair">')
+        body += [*figures((path.stem, [path]) for path in overlays), "</div>"]
+    versions = record["versions"].items()
+    body += ["<h2>Settings</h2>", table([*config.items(), *device.items(), *versions])]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    )

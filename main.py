@@ -25,7 +25,7 @@ from tqdm import tqdm
 import helper
 from helper import VOID, ProgramError
 
-NUM_CLASSES = 2  # background, road
+CLASSES = ["background", "road"]
 
 # ------------------------------------------------------------------------ config
 
@@ -59,6 +59,8 @@ class Config:
     runs_dir: Annotated[Path, "anything", "where runs write"] = Path("runs")
     vgg: Annotated[str, "anything", "VGG-16 weight file, or random"] = "downloaded"
     weights: Annotated[Path, "anything", "start from a run's best.weights.h5"] = None
+    predict: Annotated[Path, "anything", "segment an image, folder or video"] = None
+    export: Annotated[Path, "anything", "write a SavedModel to this folder"] = None
     resume: Annotated[Path, "anything", "go on with the stopped run in there"] = None
     checkpoint_minutes: Annotated[float, "in [0, 2^31)", "between checkpoints"] = 5.0
     deterministic: Annotated[bool, "anything", "same bits on a GPU, slower"] = False
@@ -108,6 +110,12 @@ def parse(argv):
                 before.append(flag(name))
             elif value is not None and value is not False:
                 before.append(f"{flag(name)}={value}")
+    if given.keys() & {"predict", "export"}:
+        if "weights" not in given:
+            parser.error("--predict and --export need --weights")
+        recorded = helper.read_run(given["weights"].parent)["config"]
+        sizes = "image_height", "image_width"
+        before = [f"{flag(name)}={recorded.get(name)}" for name in sizes]
     return Config(**vars(parser.parse_args(before + argv)))  # the last one counts
 
 
@@ -483,12 +491,13 @@ def run(config):
     steps = len(training) // config.batch_size  # an epoch
     facts = {
         "config": dataclasses.asdict(config) | {"resume": None},
+        "classes": CLASSES,
         "device": device,
         "data": dict(zip(("training", "holdout", "test"), map(len, split))),
     }
     with helper.run_folder(config.runs_dir, config.resume, facts) as (run_dir, record):
         image_input, *pools = load_vgg(vgg_path, config.keep_prob)
-        model = keras.Model(image_input, layers(*pools, NUM_CLASSES, config.l2))
+        model = keras.Model(image_input, layers(*pools, len(CLASSES), config.l2))
         if config.weights and not restored:
             load_weights(model, config.weights)
         train_step, state = optimize(
@@ -510,10 +519,21 @@ def run(config):
             if config.resume:
                 checkpoints.restore(config.epochs * steps)
 
+            shown = next((image for image, *_ in [*holdout, *zip(test_paths)]), None)
+
             def end_epoch(epoch):
                 epoch |= evaluate(model, get_holdout_fn(config.batch_size))
                 epoch["learning_rate"] = float(state.optimizer.learning_rate)
                 print(*(f"{name} {value:.5g}" for name, value in epoch.items()))
+                if shown:
+                    helper.keep_frame(
+                        run_dir,
+                        model,
+                        shown,
+                        image_shape,
+                        epoch["epoch"],
+                        config.epochs,
+                    )
                 helper.write_epoch(run_dir, record, epoch, state)
                 checkpoints.save(60 * config.checkpoint_minutes)
 
@@ -535,10 +555,11 @@ def run(config):
         if not record["history"]:
             helper.write_weights(run_dir, state)
         if holdout:
-            record["scores"] = helper.score_holdout(
+            record["scores"], record["holdout"] = helper.score_holdout(
                 run_dir, model, holdout, image_shape, config.batch_size
             )
             helper.print_scores(record["scores"])
+            helper.write_run(run_dir, record)
         helper.save_inference_samples(
             run_dir,
             model,
@@ -551,12 +572,43 @@ def run(config):
     return run_dir
 
 
+def use(config):
+    """Segment images with trained weights, or export them."""
+    if config.predict and not config.predict.exists():
+        raise ProgramError(f"--predict {config.predict}: no such file or folder")
+    describe_device()
+    record = helper.read_run(config.weights.parent)
+    if record.get("classes") != CLASSES:
+        raise ProgramError(
+            f"{config.weights.parent}/run.json: classes {record.get('classes')}, not "
+            f"{CLASSES}: these weights are of another program"
+        )
+    image_input, *pools = load_vgg("random", 1)
+    model = keras.Model(image_input, layers(*pools, len(CLASSES)))
+    load_weights(model, config.weights)
+    image_shape = config.image_height, config.image_width
+    if config.export:
+        helper.export(model, config.export, image_shape)
+        print(
+            f"{config.export} is a SavedModel: tf.saved_model.load(...).serve(images)"
+        )
+    if config.predict:
+        run_dir = helper.new_folder(config.runs_dir)
+        try:
+            helper.predict(
+                run_dir, model, config.predict, image_shape, config.batch_size
+            )
+        finally:
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()  # where nothing came into it
+
+
 def main(argv=None):
     """Run the program on a command line; return its exit code."""
     code = 1
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        run(config)
+        use(config) if config.predict or config.export else run(config)
         return 0
     except ProgramError as error:
         message = error

@@ -8,6 +8,7 @@ No network but 127.0.0.1, no GPU, nothing written outside temporary folders.
 
 import contextlib
 import hashlib
+import html.parser
 import http.server
 import io
 import itertools
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.parse
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +35,7 @@ os.environ["NO_PROXY"] = "127.0.0.1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import h5py
+import imageio.v2 as imageio
 import keras
 import numpy as np
 import requests
@@ -1813,6 +1816,292 @@ class Resume(Program):
         self.assertIn("ckpt-1.index", names)
         self.assertEqual(self.resume()[0], 0)
         self.assertEqual(self.record()["resumed"], [3])
+
+
+# ----------------------------------------------------------- what was trained, used
+
+
+class Use(Program):
+    """Images, videos and an exported model, with weights that were not trained long."""
+
+    def setUp(self):
+        super().setUp()
+        self.assertEqual(self.main("--epochs", 0)[0], 0)
+        self.weights = self.run_dirs()[0] / "best.weights.h5"
+        self.model, _ = small_model()
+        self.model.load_weights(self.weights)
+        self.noise = np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8)
+        road = helper.predict_road(self.model, self.noise[None], (32, 96)).numpy()
+        middle = float(np.median(np.log(road / (1 - road))))  # so half of it is road
+        self.model.get_layer("score_fc7").bias.assign([middle, 0])
+        self.model.save_weights(self.weights)
+        shutil.rmtree(self.folder / "data")
+        for name in "maybe_download_kitti_road", "maybe_download_pretrained_vgg":
+            self.patch(helper, name, mock.Mock(side_effect=AssertionError))
+
+    def use(self, *arguments):
+        runs = ["--runs-dir", self.folder / "out"]
+        return self.call("--weights", self.weights, *runs, *arguments)
+
+    def out(self):
+        return max((self.folder / "out").glob("*"))
+
+    def overlay(self, image):
+        road = helper.predict_road(self.model, image[None], (32, 96)).numpy()[0]
+        return helper.overlay(image, road)
+
+    def test_an_image_and_a_folder_keep_names_formats_and_sizes(self):
+        images = self.folder / "images"
+        images.mkdir()
+        sizes = {"a.png": (90, 40), "b.PNG": (90, 40), "c.png": (31, 77)}
+        for name, size in sizes.items():
+            Image.fromarray(self.noise).resize(size).save(images / name)
+        Image.open(images / "a.png").save(images / "d.jpeg")
+        (images / "notes.txt").write_text("no image")
+        code, output, errors = self.use("--predict", images)
+        self.assertEqual((code, errors), (0, ""))
+        self.assertRegex(output, r"4 overlays in .*: .* a second, of which the network")
+        self.assertEqual(self.files(self.out()), sorted([*sizes, "d.jpeg"]))
+        for name in sizes:
+            expected = self.overlay(helper.read_image(images / name))
+            np.testing.assert_array_equal(
+                helper.read_image(self.out() / name), expected
+            )
+        self.assertEqual(Image.open(self.out() / "d.jpeg").format, "JPEG")
+        changed = self.overlay(self.noise) != self.noise
+        self.assertTrue(0.3 < changed.any(-1).mean() < 0.7)
+        code, _, _ = self.use("--predict", images / "c.png")
+        self.assertEqual((code, self.files(self.out())), (0, ["c.png"]))
+
+    def test_a_broken_image_is_named_at_the_end_and_the_rest_goes_on(self):
+        images = self.folder / "images"
+        images.mkdir()
+        (images / "b.png").write_bytes(b"no image")
+        for name in "a.png", "c.png":
+            Image.new("RGB", (64, 32)).save(images / name)
+        code, output, errors = self.use("--predict", images)
+        self.assertEqual((code, errors.count("\n")), (1, 1))
+        self.assertRegex(errors, "1 of 3 left out: .*b.png: not a readable image")
+        self.assertIn("2 overlays", output)
+        self.assertEqual(self.files(self.out()), ["a.png", "c.png"])
+
+    def test_a_photograph_is_turned_upright(self):
+        path = self.folder / "photograph.jpg"
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was held on its side
+        picture = Image.new("RGB", (64, 32))
+        picture.paste((255, 255, 255), (0, 0, 8, 8))
+        picture.save(path, exif=exif, quality=100)
+        upright = helper.read_image(path)
+        self.assertEqual(upright.shape, (64, 32, 3))
+        self.assertGreater(upright[3, 28, 0], 200)  # top left is now top right
+        self.assertEqual(self.use("--predict", path)[0], 0)
+        self.assertEqual(helper.read_image(self.out() / path.name).shape, (64, 32, 3))
+
+    def test_a_video_keeps_its_size_rate_and_number_of_frames(self):
+        for size, rate, suffix in ((97, 43), 12.5, "avi"), ((96, 48), 30, "mkv"):
+            path = self.folder / f"drive.{suffix}"
+            with imageio.get_writer(
+                path,
+                format="FFMPEG",
+                fps=rate,
+                codec="libx264",
+                macro_block_size=1,
+                pixelformat="yuv444p",
+            ) as writer:
+                for brightness in range(0, 240, 8):
+                    writer.append_data(np.full((*size[::-1], 3), brightness, np.uint8))
+            self.assertEqual(self.use("--predict", path)[0], 0)
+            self.assertEqual(self.files(self.out()), ["drive.mp4"])
+            with imageio.get_reader(self.out() / "drive.mp4", format="FFMPEG") as video:
+                data = video.get_meta_data()
+                frames = [frame for frame in video]
+            self.assertEqual((data["size"], data["fps"], len(frames)), (size, rate, 30))
+            for brightness in 80, 160:  # in order, and green where the overlay is
+                frame = np.full((*size[::-1], 3), brightness, np.uint8)
+                difference = frames[brightness // 8] - self.overlay(frame).astype(float)
+                self.assertLess(np.abs(difference).mean(), 12)
+
+    def test_what_cannot_be_used_is_refused_with_one_line(self):
+        for path, said in (
+            (self.folder / "none.mp4", "none.mp4: no such file"),
+            (self.weights.parent / "run.json", "run.json: not a readable video"),
+            (self.folder, "no .png, .jpg, .jpeg in it"),
+        ):
+            code, _, errors = self.use("--predict", path)
+            self.assertEqual((code, errors.count("\n")), (1, 1), errors)
+            self.assertIn(said, errors)
+        self.assertEqual(list((self.folder / "out").glob("*")), [])
+        code, _, errors = self.call("--predict", self.folder)
+        self.assertEqual(code, 2)
+        self.assertIn("need --weights", errors)
+        record = json.loads((self.weights.parent / "run.json").read_text())
+        record["classes"] = ["cat", "dog"]
+        (self.weights.parent / "run.json").write_text(json.dumps(record))
+        code, _, errors = self.use("--predict", self.folder)
+        self.assertRegex(errors, "run.json: classes .'cat', 'dog'.")
+        (self.weights.parent / "run.json").unlink()
+        code, _, errors = self.use("--predict", self.folder)
+        self.assertEqual((code, errors.count("\n")), (1, 1))
+        self.assertIn("run.json: not the record of a run", errors)
+
+    def test_an_exported_model_is_the_program_bit_for_bit(self):
+        folder = self.folder / "saved"
+        self.assertEqual(self.use("--export", folder)[0], 0)
+        rng = np.random.default_rng(0)
+        for index, shape in enumerate([(2, 75, 131, 3), (1, 40, 50, 3)]):
+            images = rng.integers(0, 256, shape, np.uint8)
+            road = helper.predict_road(self.model, images, (32, 96))
+            for name, tensor in ("images", tf.constant(images)), ("road", road):
+                content = tf.io.serialize_tensor(tensor).numpy()
+                (self.folder / f"{name}{index}").write_bytes(content)
+        code = f"""
+import tensorflow as tf
+model = tf.saved_model.load({str(folder)!r})
+for index in "01":
+    images, expected = (
+        tf.io.parse_tensor(tf.io.read_file({str(self.folder)!r} + name + index), kind)
+        for name, kind in (("/images", tf.uint8), ("/road", tf.float32))
+    )
+    ours = model.signatures["serving_default"](images)["road"]
+    assert ours.dtype == tf.float32 and bool(tf.reduce_all(ours == expected))
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=False, capture_output=True, text=True
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        code, _, errors = self.use("--export", folder)
+        self.assertEqual((code, errors.count("\n")), (1, 1))
+        self.assertIn("saved: exists", errors)
+
+
+# ------------------------------------------------------------------------ report
+
+
+class Page(html.parser.HTMLParser):
+    """What a page holds: its tags, its links, its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.links, self.text, self.open = [], [], "", []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.links += [v for name, v in attributes if name in ("src", "href")]
+        if tag not in ("img", "meta", "path", "circle", "polyline", "tr", "td"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in ("tr", "td"):
+            assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+class Report(Program):
+    def page(self):
+        """Return the last run's page; all its links lead to files."""
+        run_dir = self.run_dirs()[-1]
+        page = Page(run_dir / "index.html")
+        for link in page.links:
+            self.assertNotIn(":", link)
+            self.assertTrue((run_dir / urllib.parse.unquote(link)).is_file(), link)
+        self.assertEqual(page.open, [])
+        self.assertFalse([tag for tag, _ in page.tags if tag in ("script", "link")])
+        return page
+
+    def test_a_finished_run_shows_scores_curves_and_pictures(self):
+        data = self.folder / "data/data_road/testing/image_2"
+        (data / "um_000000.png").rename(data / "um_<b>&'#1.png")
+        self.assertEqual(self.main("--epochs", 3, "--holdout-fraction", 0.4)[0], 0)
+        run_dir, page = self.run_dirs()[0], self.page()
+        record = self.record()
+        self.assertIn("finished", page.text)
+        self.assertIn("um_<b>&'#1", page.text)
+        self.assertNotIn("b", [tag for tag, _ in page.tags])
+        for plane in "image", "bev":
+            self.assertIn(f"{record['scores'][plane]['urban']['AP']:.2f}", page.text)
+        self.assertIn(f"best: {record['best_epoch']}", page.text)
+        worst_first = sorted(record["holdout"].values())
+        shown = re.findall(r"IoU (\d+\.\d\d)", page.text)
+        self.assertEqual(shown, [f"{value:.2f}" for value in worst_first])
+        lines = [a["points"].split() for tag, a in page.tags if tag == "polyline"]
+        self.assertEqual([len(line) for line in lines], [3] * 4)
+        lazy = [a.get("loading") for tag, a in page.tags if tag == "img"]
+        self.assertEqual(lazy, ["lazy"] * (1 + 2 * 6 + 3))
+        with Image.open(run_dir / "progress.gif") as gif:
+            self.assertEqual((gif.n_frames, gif.size), (3, (96, 32)))
+        image = self.folder / "data/data_road/training/image_2/uu_000005.png"
+        label = image.parent.parent / "gt_image_2" / "uu_road_000005.png"
+        model, _ = small_model()
+        model.load_weights(run_dir / "best.weights.h5")
+        road = helper.predict_road(model, helper.read_image(image)[None], (32, 96))[0]
+        found, label = road.numpy() >= 0.5, helper.read_label(label)
+        both = (found & (label == 1)).sum()
+        either = ((found & (label != VOID)) | (label == 1)).sum()
+        self.assertAlmostEqual(record["holdout"]["uu_000005"], 100 * both / either)
+
+    def test_errors_have_their_colours(self):
+        model, _ = small_model()
+        model.get_layer("score_fc7").bias.assign([0.0, 50.0])  # all is road
+        folder = self.folder / "data/data_road/training"
+        pair = (
+            folder / "image_2/um_000000.png",
+            folder / "gt_image_2/um_road_000000.png",
+        )
+        for bias, label, colour in (50, 0, helper.FALSE), (-50, 1, helper.MISSED):
+            model.get_layer("score_fc7").bias.assign([0.0, bias])
+            helper.score_holdout(self.folder, model, [pair], (96, 320), 1)
+            picture = helper.read_image(self.folder / "errors/um_000000_errors.jpg")
+            truth = helper.resize_label(helper.read_label(pair[1]), (96, 320)).numpy()
+            wrong = np.abs(picture - np.array(colour, float)).max(-1) < 60
+            self.assertGreater((wrong == (truth == label)).mean(), 0.97)
+
+    def test_a_stopped_run_has_a_report_and_an_image_is_followed_without_holdout(self):
+        self.addCleanup(mock.patch.stopall)
+        kill_at("4", [signal.SIGTERM])
+        self.assertEqual(self.main("--holdout-fraction", 0)[0], 143)
+        page = self.page()
+        self.assertIn("not finished", page.text)
+        self.assertIn("1 of 2 epochs", page.text)
+        self.assertIn("progress.gif", page.links)
+        mock.patch.stopall()
+        self.patch(main, "load_vgg", small_vgg)
+        self.assertEqual(self.call("--resume", self.run_dirs()[0])[0], 0)
+        self.assertIn(": finished", self.page().text)
+        with Image.open(self.run_dirs()[0] / "progress.gif") as gif:
+            self.assertEqual(gif.n_frames, 2)
+
+    def test_the_progress_has_at_most_60_frames_and_ends_with_the_last(self):
+        model, _ = small_model()
+        path = self.folder / "data/data_road/testing/image_2/um_000000.png"
+        (self.folder / "checkpoint").mkdir()
+        for epoch in range(1, 122):
+            helper.keep_frame(self.folder, model, path, (32, 96), epoch, 121)
+        frames = sorted((self.folder / "checkpoint/frames").iterdir())
+        self.assertEqual(len(frames), 41)
+        self.assertEqual(frames[-1].stem, "000000121")
+        for number in range(200, 300):
+            shutil.copy(frames[0], frames[0].with_name(f"{number:09}.png"))
+        helper.write_progress(self.folder)
+        with Image.open(self.folder / "progress.gif") as gif:
+            self.assertLessEqual(gif.n_frames, 60)
+
+    def test_curves_are_drawn_to_scale(self):
+        for log, values in (False, (50, 100, 75)), (True, (1, 0.01, 0.1)):
+            svg = helper.chart("t", {"a": list(zip((1, 2, 3), values))}, 2, log)
+            points = re.search('points="([^"]+)"', svg)[1].split()
+            x, y = np.array([point.split(",") for point in points], float).T
+            np.testing.assert_allclose(np.diff(x, 2), 0, atol=0.11)
+            self.assertAlmostEqual(abs(y[2] - y[0]), abs(y[1] - y[0]) / 2, delta=0.11)
+            self.assertEqual((y[1] < y[0], len(set(y))), (not log, 3))
+        one = helper.chart("t", {"a": [(1, 5.0)]}, 1)
+        self.assertNotIn("nan", one)
 
 
 if __name__ == "__main__":
