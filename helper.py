@@ -1082,7 +1082,7 @@ class Checkpoints:
 
 def keep_frame(run_dir, model, path, image_shape, epoch, epochs):
     """Keep what the network makes of the image at `path`, for at most 60 epochs."""
-    if epoch % -(-epochs // 60) and epoch != epochs:
+    if path is None or epoch % -(-epochs // 60) and epoch != epochs:
         return
     image = resize_image(read_image(path), image_shape).numpy()
     road = predict_road(model, image[None], image_shape)[0].numpy()
@@ -1193,7 +1193,11 @@ def report(run_dir, record):
         return f'<div class="wide"><table><tr>{body}</table></div>'
 
     def picture(path):
-        width, height = Image.open(path).size
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+        except OSError:  # none of ours
+            return ""
         source = html.escape(urllib.parse.quote(str(path.relative_to(run_dir))))
         return (
             f'<img src="{source}" alt="{html.escape(path.stem)}" loading="lazy" '

@@ -45,8 +45,9 @@ ALLOWED = {
 class Config:
     """The settings: type, allowed values, meaning, default."""
 
+    demo: Annotated[bool, "anything", "drawn data, small images, no download"] = False
     epochs: Annotated[int, "in [0, 2^31)", "passes over the training images"] = 50
-    batch_size: Annotated[int, "in [1, 2^31)", "images in a training step"] = 5
+    batch_size: Annotated[int, "in [1, 2^31)", "images in a step"] = 5
     learning_rate: Annotated[float, "in [1e-9, 1]", "Adam's, for the decoder"] = 0.001
     vgg_learning_rate: Annotated[float, "in [0, 1)", "Adam's, for VGG-16"] = 0.0001
     keep_prob: Annotated[float, "in [0.01, 1]", "share that dropout keeps"] = 0.5
@@ -55,19 +56,25 @@ class Config:
     image_width: Annotated[int, SIDE, "columns of the input, likewise"] = 576
     holdout_fraction: Annotated[float, "in [0, 1)", "share kept for scoring"] = 0.1667
     seed: Annotated[int, "in [0, 2^31)", "of weights, order, jitter and dropout"] = 0
+    deterministic: Annotated[bool, "anything", "same bits on a GPU, slower"] = False
+    vgg: Annotated[str, "anything", "VGG-16 weight file, or random"] = "downloaded"
     data_dir: Annotated[Path, "anything", "where data and VGG-16 are"] = Path("data")
     runs_dir: Annotated[Path, "anything", "where runs write"] = Path("runs")
-    vgg: Annotated[str, "anything", "VGG-16 weight file, or random"] = "downloaded"
-    weights: Annotated[Path, "anything", "start from a run's best.weights.h5"] = None
-    predict: Annotated[Path, "anything", "segment an image, folder or video"] = None
-    export: Annotated[Path, "anything", "write a SavedModel to this folder"] = None
-    resume: Annotated[Path, "anything", "go on with the stopped run in there"] = None
+    resume: Annotated[Path, "anything", "folder of the run to go on with"] = None
     checkpoint_minutes: Annotated[float, "in [0, 2^31)", "between checkpoints"] = 5.0
-    deterministic: Annotated[bool, "anything", "same bits on a GPU, slower"] = False
+    weights: Annotated[Path, "anything", "a run's best.weights.h5 to start from"] = None
+    predict: Annotated[Path, "anything", "image, folder or video to segment"] = None
+    export: Annotated[Path, "anything", "new folder for a SavedModel"] = None
     submission: Annotated[bool, "anything", "write the benchmark's zip"] = False
-    demo: Annotated[bool, "anything", "drawn data, small images, no download"] = False
 
 
+GROUPS = {  # of --help, by their first setting
+    "demo": "try it without data",
+    "epochs": "train; runs/<time>/index.html shows what came out",
+    "resume": "go on with a run that was stopped",
+    "weights": "use what was trained; with --epochs 0 it is scored",
+    "submission": "submit to the benchmark",
+}
 DEMO = "--epochs 6 --image-height 64 --image-width 192 --keep-prob 1 --vgg random"
 
 
@@ -91,6 +98,8 @@ def parse(argv):
 
     hints = get_type_hints(Config, include_extras=True)
     for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
         kind = hints[field.name].__origin__
         allowed, meaning = hints[field.name].__metadata__
         how = {"action": "store_true"}
@@ -98,7 +107,7 @@ def parse(argv):
             metavar = {int: "N", float: "X"}.get(kind, "PATH")
             how = {"type": checked(kind, allowed), "metavar": metavar}
             meaning += f" ({field.default})" if field.default is not None else ""
-        parser.add_argument(flag(field.name), help=meaning, **how)
+        group.add_argument(flag(field.name), help=meaning, **how)
     given = vars(parser.parse_args(argv))
     before = DEMO.split() if "demo" in given else []
     if "resume" in given:
@@ -260,29 +269,23 @@ class Adam(keras.optimizers.Adam):
 
 
 def optimize(
-    model,
-    vgg_variables,
-    learning_rate,
-    vgg_learning_rate,
-    epochs,
-    steps_per_epoch,
-    seed,
+    model, vgg_variables, learning_rate, vgg_learning_rate, epochs, steps, seed
 ):
     """Return train_step and the run's state, as a tf.train.Checkpoint.
 
     train_step(images, labels, weights) minimises the cross entropy over the batch's
     valid pixels plus the L2 term and returns both and the gradient's norm, (3,)
     float32. `vgg_variables` learn at `vgg_learning_rate`, the decoder at
-    `learning_rate`. Rates rise in a line over the first epoch, then fall in a half
-    cosine to 0; the gradient is clipped to norm 1. Beside what train_step changes the
+    `learning_rate`. Rates rise in a line over the first of `epochs` of `steps`, then
+    fall in a half cosine to 0; the gradient is clipped to norm 1. Beside what train_step changes the
     state has what train_nn counts: `epoch`, those that are over, `totals` of the one
     that is not (loss, L2, gradient norm, seconds), and the `best` weights.
     """
     schedule = keras.optimizers.schedules.CosineDecay(
-        learning_rate / steps_per_epoch,
-        decay_steps=max((epochs - 1) * steps_per_epoch, 1),
+        learning_rate / steps,
+        decay_steps=max((epochs - 1) * steps, 1),
         warmup_target=learning_rate,
-        warmup_steps=steps_per_epoch,
+        warmup_steps=steps,
     )
     slow = {variable.path for variable in vgg_variables}
     variables = model.trainable_variables
@@ -341,42 +344,34 @@ def evaluate(model, batches):
 
 
 def train_nn(
-    epochs,
-    batch_size,
-    get_batches_fn,
-    names,
-    train_step,
-    steps_per_epoch,
-    state,
-    end_epoch,
-    stopping,
+    epochs, batch_size, get_batches_fn, names, train_step, steps, state, end_epoch, stop
 ):
-    """Train from `state` on to `epochs` epochs of `steps_per_epoch` steps.
+    """Train from `state` on to `epochs` epochs of `steps` steps.
 
     get_batches_fn and names are those of gen_batch_function, train_step and state those
     of optimize; end_epoch gets a record of each epoch's means and speed. Returns after
-    the step in which `stopping` becomes true. Raises ProgramError at a loss that is not
+    the step in which `stop` becomes true. Raises ProgramError at a loss that is not
     finite, with the step it first happened in and its files; end_epoch never sees that
     epoch.
     """
     first = step = int(state.step)
-    batches = iter(get_batches_fn(batch_size, range(first, epochs * steps_per_epoch)))
+    batches = iter(get_batches_fn(batch_size, range(first, epochs * steps)))
     for epoch in range(int(state.epoch) + 1, epochs + 1):
-        last = epoch * steps_per_epoch
+        last = epoch * steps
         pending, totals = [], state.totals.numpy()
         fetched = time.perf_counter()
-        bar = tqdm(None, f"epoch {epoch}", steps_per_epoch, False, disable=None)
+        bar = tqdm(None, f"epoch {epoch}", steps, False, disable=None)
         with bar:
-            bar.update(step - last + steps_per_epoch)
+            bar.update(step - last + steps)
             while step < last:
                 before = time.perf_counter()
                 pending.append(train_step(*next(batches)))
                 now = time.perf_counter()
                 step += 1
                 if step == first + 2 and not tf.config.list_physical_devices("GPU"):
-                    minutes = (now - before) * steps_per_epoch / 60
+                    minutes = (now - before) * steps / 60
                     bar.write(f"no GPU: an epoch takes about {minutes:.1f} minutes")
-                if now - fetched < 1 and step < last and not stopping:
+                if now - fetched < 1 and step < last and not stop:
                     continue
                 # the host waits for the device here, hence once a second, not each step
                 values = tf.stack(pending).numpy().astype(float)
@@ -394,16 +389,16 @@ def train_nn(
                 pending, fetched = [], now
                 bar.update(len(values))
                 bar.set_postfix(loss=f"{value[0]:.4f}")
-                if stopping:
+                if stop:
                     return
-        loss, l2, norm = totals[:3] / steps_per_epoch
+        loss, l2, norm = totals[:3] / steps
         record = {"epoch": epoch, "step": step, "loss": loss, "l2": l2}
         record |= {"gradient_norm": norm, "seconds": totals[3]}
-        record["images_per_second"] = steps_per_epoch * batch_size / totals[3]
+        record["images_per_second"] = steps * batch_size / totals[3]
         state.epoch.assign(epoch)
         state.totals.assign(tf.zeros_like(totals))
         end_epoch(record)
-        if stopping:
+        if stop:
             return
 
 
@@ -417,7 +412,7 @@ class Stopped(KeyboardInterrupt):
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
-def stop(signum, frame):
+def interrupt(signum, frame):
     """End the program where it is."""
     raise Stopped(signum)
 
@@ -487,8 +482,10 @@ def run(config):
         data_dir, config.holdout_fraction, config.batch_size, config.submission
     )
     training, holdout, test_paths = split
+    epochs, batch_size, seed = config.epochs, config.batch_size, config.seed
     image_shape = config.image_height, config.image_width
-    steps = len(training) // config.batch_size  # an epoch
+    rates = config.learning_rate, config.vgg_learning_rate
+    steps = len(training) // batch_size  # an epoch
     facts = {
         "config": dataclasses.asdict(config) | {"resume": None},
         "classes": CLASSES,
@@ -500,54 +497,31 @@ def run(config):
         model = keras.Model(image_input, layers(*pools, len(CLASSES), config.l2))
         if config.weights and not restored:
             load_weights(model, config.weights)
-        train_step, state = optimize(
-            model,
-            keras.Model(image_input, pools).trainable_variables,
-            config.learning_rate,
-            config.vgg_learning_rate,
-            config.epochs,
-            steps,
-            config.seed,
-        )
-        kept = 3 - len(restored or ()) if config.epochs else 0  # two, and a new one
+        vgg_variables = keras.Model(image_input, pools).trainable_variables
+        train_step, state = optimize(model, vgg_variables, *rates, epochs, steps, seed)
+        kept = 3 - len(restored or ()) if epochs else 0  # two, and a new one
         size = (8 + 16 * kept) * model.count_params() + 10**6 * len(test_paths)
         helper.need_space(run_dir, size, "a run")
-        if config.epochs or config.resume:
-            batches = helper.gen_batch_function(training, image_shape, config.seed)
+        if epochs or config.resume:
+            batches = helper.gen_batch_function(training, image_shape, seed)
             get_holdout_fn, _ = helper.gen_batch_function(holdout, image_shape)
             checkpoints = helper.Checkpoints(run_dir, record, state)
             if config.resume:
-                checkpoints.restore(config.epochs * steps)
-
+                checkpoints.restore(epochs * steps)
             shown = next((image for image, *_ in [*holdout, *zip(test_paths)]), None)
 
             def end_epoch(epoch):
-                epoch |= evaluate(model, get_holdout_fn(config.batch_size))
+                epoch |= evaluate(model, get_holdout_fn(batch_size))
                 epoch["learning_rate"] = float(state.optimizer.learning_rate)
                 print(*(f"{name} {value:.5g}" for name, value in epoch.items()))
-                if shown:
-                    helper.keep_frame(
-                        run_dir,
-                        model,
-                        shown,
-                        image_shape,
-                        epoch["epoch"],
-                        config.epochs,
-                    )
+                at = epoch["epoch"], epochs
+                helper.keep_frame(run_dir, model, shown, image_shape, *at)
                 helper.write_epoch(run_dir, record, epoch, state)
                 checkpoints.save(60 * config.checkpoint_minutes)
 
             with noting_signals() as noted:
-                train_nn(
-                    config.epochs,
-                    config.batch_size,
-                    *batches,
-                    train_step,
-                    steps,
-                    state,
-                    end_epoch,
-                    noted,
-                )
+                parts = *batches, train_step, steps, state, end_epoch, noted
+                train_nn(epochs, batch_size, *parts)
                 checkpoints.save()
             if noted:
                 raise Stopped(noted[0])
@@ -556,17 +530,12 @@ def run(config):
             helper.write_weights(run_dir, state)
         if holdout:
             record["scores"], record["holdout"] = helper.score_holdout(
-                run_dir, model, holdout, image_shape, config.batch_size
+                run_dir, model, holdout, image_shape, batch_size
             )
             helper.print_scores(record["scores"])
             helper.write_run(run_dir, record)
         helper.save_inference_samples(
-            run_dir,
-            model,
-            test_paths,
-            image_shape,
-            config.batch_size,
-            config.submission,
+            run_dir, model, test_paths, image_shape, batch_size, config.submission
         )
     print(f"{len(test_paths)} segmented test images and the weights are in {run_dir}")
     return run_dir
@@ -628,7 +597,7 @@ def main(argv=None):
 def program():
     """Be the program: handle signals, and exit with its code."""
     for each in SIGNALS:  # scripts may start it with SIGINT ignored
-        signal.signal(each, stop)
+        signal.signal(each, interrupt)
     sys.stdout.reconfigure(line_buffering=True)  # also where it goes to a file
     sys.exit(main())
 

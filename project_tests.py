@@ -1194,6 +1194,7 @@ class Run(Program):
         holdout = [f"{kind}_road_000005.png" for kind in ("um", "umm", "uu")]
         self.assertEqual(self.files(run_dir / "holdout"), holdout)
         names = {"best.weights.h5", "run.json", "holdout", *tests}
+        names |= {"index.html", "progress.gif", "errors"}
         self.assertEqual({path.name for path in run_dir.iterdir()}, names)
         run = json.loads((run_dir / "run.json").read_text())
         self.assertTrue(run["finished"])
@@ -1372,22 +1373,26 @@ class Run(Program):
         self.assert_refused(1, "--runs-dir", runs, said=str(runs))
 
     def test_a_run_file_that_cannot_be_renamed_leaves_nothing_beside(self):
+        self.assertEqual(self.main("--epochs", 0)[0], 0)
+        run_dir, record = self.run_dirs()[0], self.record()
+        before = sorted(run_dir.iterdir())
         with (
             mock.patch.object(helper.os, "replace", side_effect=OSError),
             self.assertRaises(OSError),
         ):
-            helper.write_run(self.folder, {})
-        self.assertEqual([path.name for path in self.folder.iterdir()], ["data"])
+            helper.write_run(run_dir, record)
+        self.assertEqual(sorted(run_dir.iterdir()), before)
 
     def test_a_failure_after_training_does_not_look_finished(self):
         full = mock.Mock(side_effect=tf.errors.ResourceExhaustedError(None, None, "\n"))
-        self.patch(helper, "predict_road", full)
+        self.patch(helper, "gen_test_output", full)
         code, _, errors = self.main()
         self.assertEqual(code, 1)
         self.assertRegex(errors, r"^out of memory: lower --batch-size.*\n$")
         (run_dir,) = self.run_dirs()
         here = sorted(path.name for path in run_dir.iterdir())
-        self.assertEqual(here, ["best.weights.h5", "checkpoint", "run.json"])
+        names = ["best.weights.h5", "checkpoint", "index.html", "progress.gif"]
+        self.assertEqual(here, [*names, "run.json"])
         self.assertFalse(json.loads((run_dir / "run.json").read_text())["finished"])
 
     def test_ctrl_c_ends_it_with_one_line(self):
