@@ -61,6 +61,18 @@ class ProgramError(Exception):
 
 
 @contextlib.contextmanager
+def blaming(path, what, advice):
+    """Turn whatever goes wrong inside into a ProgramError: `path` is not `what`."""
+    try:
+        yield
+    except (MemoryError, tf.errors.ResourceExhaustedError, ProgramError):
+        raise
+    except Exception as error:  # decoders raise what they like
+        reason = " ".join(str(error).split())[:200]
+        raise ProgramError(f"{path}: not {what} ({reason}): {advice}") from error
+
+
+@contextlib.contextmanager
 def beside(path):
     """Yield where to build the file or folder `path`, for the caller to rename.
 
@@ -78,6 +90,18 @@ def beside(path):
         yield part
     finally:
         clear()
+
+
+def flush(path):
+    """See to it that a file is on the disk, where a power cut leaves it."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def put(part, path):
+    """Rename the finished file `part` to `path`."""
+    flush(part)
+    os.replace(part, path)
 
 
 def ahead(task, items):
@@ -270,22 +294,9 @@ def _unpack(archive, folder):
 # -------------------------------------------------------------------------- data
 
 
-@contextlib.contextmanager
-def _naming(path, what="image"):
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise what they like
-        reason = str(error).partition("\n")[0]
-        raise ProgramError(
-            f"{path}: not a readable {what} ({reason}): replace or remove it"
-        ) from error
-
-
 def read_image(path):
     """Return the image at `path` as RGB uint8 (H, W, 3), upright, whatever its mode."""
-    with _naming(path):
+    with blaming(path, "a readable image", "replace or remove it"):
         return iio.imread(path, plugin="pillow", index=0, mode="RGB", rotate=True)
 
 
@@ -297,6 +308,15 @@ def read_label(path):
     """
     red, _, blue = np.moveaxis(read_image(path), -1, 0)
     return np.where(red > 0, blue > 0, VOID).astype(np.uint8)
+
+
+def check_size(label_path, label, image):
+    """Raise ProgramError unless a label has the size of its image."""
+    if image.shape[:2] != label.shape:
+        raise ProgramError(
+            f"{label_path} is {label.shape[1]}x{label.shape[0]}, its image "
+            f"{image.shape[1]}x{image.shape[0]}: replace the label"
+        )
 
 
 def resize_image(images, image_shape):
@@ -351,16 +371,16 @@ def find_images(data_dir, holdout_fraction, batch_size, submission=False):
         print("no hold-out: no scores, and the last weights count as the best")
     tests = sorted((data_dir / "data_road/testing/image_2").glob("[!.]*.png"))
     for path in tests:  # now, not after hours of training
-        with _naming(path), Image.open(path) as image:
-            image.verify()
+        with blaming(path, "a readable image", "replace or remove it"):
+            Image.open(path).verify()
     for image, _ in holdout:
         read_homography(image)
     missing = [path for path in tests if submission and read_homography(path) is None]
     if missing or submission and not tests:
-        first = missing[0].stem if missing else "(no test images)"
+        names = ", ".join(f"{path.stem}.txt" for path in missing) or "test images"
         raise ProgramError(
-            f"{data_dir / 'data_road/testing/calib' / first}.txt is missing, and "
-            f"{len(missing)} in all: add them, or leave --submission out"
+            f"{data_dir / 'data_road/testing'} has no {names}: add what is missing, or "
+            "leave --submission out"
         )
     return training, holdout, tests
 
@@ -375,7 +395,7 @@ def read_homography(image_path):
     path = image_path.parent.parent / "calib" / f"{image_path.stem}.txt"
     if not path.exists():
         return None
-    try:
+    with blaming(path, "a calibration of KITTI Road", "replace or remove it"):
         lines = (line.partition(":") for line in path.read_text().splitlines())
         numbers = {name: np.array(rest.split(), float) for name, _, rest in lines}
         rectification, to_road = np.eye(4), np.eye(4)
@@ -383,10 +403,6 @@ def read_homography(image_path):
         to_road[:3] = numbers["Tr_cam_to_road"].reshape(3, 4)
         camera = numbers["P2"].reshape(3, 4) @ rectification
         return np.asarray_chkfinite(camera @ np.linalg.inv(to_road))[:, [0, 2, 3]]
-    except (OSError, ValueError, KeyError) as error:
-        raise ProgramError(
-            f"{path}: not a calibration of KITTI Road ({error}): replace or remove it"
-        ) from error
 
 
 def split_holdout(samples, fraction):
@@ -448,11 +464,7 @@ def gen_batch_function(samples, image_shape, seed=0):
 
     def decode(row):
         image, label = read_image(samples[row][0]), read_label(samples[row][1])
-        if image.shape[:2] != label.shape:
-            raise ProgramError(
-                f"{samples[row][1]} is {label.shape[1]}x{label.shape[0]}, its image "
-                f"{image.shape[1]}x{image.shape[0]}: replace the label"
-            )
+        check_size(samples[row][1], label, image)
         with tf.device("CPU"):  # a scope holds for its own thread only
             images[row] = resize_image(image, image_shape)
             labels[row] = resize_label(label, image_shape)
@@ -677,7 +689,7 @@ def predict(run_dir, model, path, image_shape, batch_size):
         path, image, road = sample
         with beside(run_dir / path.name) as part:
             Image.fromarray(overlay(image, road)).save(part, quality=92)
-            os.replace(part, run_dir / path.name)
+            put(part, run_dir / path.name)
 
     inference = image_shape, batch_size, seconds
     if path.is_dir() or path.suffix.lower() in IMAGES:
@@ -691,7 +703,7 @@ def predict(run_dir, model, path, image_shape, batch_size):
         done = count - len(broken)
     else:
         every = ["-fps_mode", "passthrough"]  # or a varying rate would be evened out
-        with _naming(path, "video"):
+        with blaming(path, "a readable video", "name another"):
             reader = imageio.get_reader(path, format="FFMPEG", output_params=every)
             count, rate = reader.count_frames(), reader.get_meta_data()["fps"]
             height, width, _ = next(iter(reader)).shape
@@ -705,7 +717,7 @@ def predict(run_dir, model, path, image_shape, batch_size):
                 for _, image, road in tqdm(frames, "frames", count, disable=None):
                     video.append_data(overlay(image, road))
                     done += 1
-            os.replace(part, target)
+            put(part, target)
         if done < count:
             broken.append(f"{path} ends after frame {done}")
     total = time.perf_counter() - start
@@ -831,6 +843,7 @@ def score_holdout(run_dir, model, holdout, image_shape, batch_size):
         errors.mkdir()
         for (image, pixels, road), (_, label_path) in zip(samples, holdout):
             confidence, label = to_confidence(road).numpy(), read_label(label_path)
+            check_size(label_path, label, pixels)
             Image.fromarray(confidence).save(part / label_path.name)
             small = resize_image(pixels, image_shape).numpy()
             found, truth = (
@@ -882,15 +895,21 @@ def print_scores(scores):
 
 def read_run(run_dir):
     """Return what run.json in `run_dir` holds."""
-    path = run_dir / "run.json"
-    try:
-        record = json.loads(path.read_text())
-        record["config"], record["history"], record["finished"]
+    with blaming(run_dir / "run.json", "the record of a run", "name another folder"):
+        record = json.loads((run_dir / "run.json").read_text())
+        kinds = {"config": dict, "data": dict, "history": list, "resumed": list}
+        if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
+            raise ValueError("damaged")
         return record
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ProgramError(
-            f"{path}: not the record of a run ({error!r}): name another folder"
-        ) from error
+
+
+def is_finished(run_dir):
+    """Say so if the run in `run_dir` needs no resuming."""
+    if not read_run(run_dir)["finished"]:
+        return False
+    shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)  # if a kill left it
+    print(f"{run_dir} is finished; its weights are {run_dir / WEIGHTS}")
+    return True
 
 
 def new_folder(runs_dir):
@@ -919,38 +938,34 @@ def run_folder(runs_dir, resume, facts):
     with locked(run_dir / CHECKPOINTS / "run", wait=False):
         if resume:
             record = read_run(run_dir)
-            if record["finished"] or record["data"] != facts["data"]:
+            if record["data"] != facts["data"]:
                 raise ProgramError(
                     f"{run_dir} was begun with {record['data']} images, here are "
                     f"{facts['data']}: name its data set with --data-dir"
                 )
         record = record | facts | {"scores": {}, "holdout": {}}
         try:
-            write_run(run_dir, record)
+            if not resume:  # there it waits until the checkpoint is accepted
+                write_run(run_dir, record)
             yield run_dir, record
             write_run(run_dir, record | {"finished": True})
-            shutil.rmtree(run_dir / CHECKPOINTS)
         except BaseException:
             if resume or (run_dir / WEIGHTS).exists() or find_checkpoints(run_dir):
-                with contextlib.suppress(OSError):
-                    write_run(run_dir, record)
                 folder = shlex.quote(str(run_dir))
                 print(f"to go on with this run: python main.py --resume {folder}")
             else:
                 shutil.rmtree(run_dir)
             raise
+    shutil.rmtree(run_dir / CHECKPOINTS)
 
 
 def write_run(run_dir, record):
-    """Write `record` as run.json, and the report on it: beside, then renamed."""
+    """Write `record` as run.json, and the report on it."""
     text = json.dumps(record, indent=1, allow_nan=False, default=str)
     for name, content in ("run.json", text), ("index.html", report(run_dir, record)):
         with beside(run_dir / name) as part:
-            with open(part, "w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave it empty
-            os.replace(part, run_dir / name)
+            part.write_text(content, "utf-8")
+            put(part, run_dir / name)
 
 
 def write_epoch(run_dir, record, epoch, state):
@@ -986,15 +1001,18 @@ def write_weights(run_dir, state):
             state.model.save_weights(part)
         finally:
             copy_weights(variables, current)
-        os.replace(part, run_dir / WEIGHTS)
+        put(part, run_dir / WEIGHTS)
 
 
 def find_checkpoints(run_dir):
     """Return the paths of a run's checkpoints, without suffix, the newest last."""
-    found = (run_dir / CHECKPOINTS).glob("ckpt-*.index")
-    return sorted(
-        (path.with_suffix("") for path in found), key=lambda p: int(p.name[5:])
-    )
+    found = (run_dir / CHECKPOINTS).glob("ckpt-*[0-9].index")
+    return sorted((path.with_suffix("") for path in found), key=number)
+
+
+def number(path):
+    """Return the number of a checkpoint: "ckpt-12" -> 12."""
+    return int(path.name.rpartition("-")[2])
 
 
 class Checkpoints:
@@ -1002,42 +1020,45 @@ class Checkpoints:
 
     `state` is that of main.optimize. It holds the best weights too, so that weights,
     history and step belong together, whichever file a power cut left as the last.
+    There is no list of them: the files count, as a list can be damaged.
     """
 
     def __init__(self, run_dir, record, state):
         self.run_dir, self.record, self.state = run_dir, record, state
         self.folder = run_dir / CHECKPOINTS
-        self.remove_half_written()
-        found = [str(path) for path in find_checkpoints(run_dir)]
-        if found and tf.train.latest_checkpoint(self.folder) != found[-1]:
-            print(f"{self.folder}: the list of checkpoints is damaged: the files count")
-        if found:
-            tf.compat.v1.train.update_checkpoint_state(self.folder, found[-1], found)
-        self.manager = tf.train.CheckpointManager(state, self.folder, max_to_keep=2)
-        self.saved_at, self.saved = time.monotonic(), None
+        self.saved_at, self.saved, self.last = time.monotonic(), None, 0
+        if set("*?[") & set(str(run_dir)):
+            raise ProgramError(
+                f"{run_dir}: TensorFlow finds no checkpoint where * ? or [ is in the "
+                "path: name another --runs-dir"
+            )
+        self.clean()
 
-    def remove_half_written(self):
-        for path in self.folder.glob("*_temp*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def clean(self):
+        """Remove all but the newest two, with what a kill left half written."""
+        kept = [path.name for path in find_checkpoints(self.run_dir)[-2:]]
+        for path in self.folder.glob("ckpt-*"):
+            if path.name.partition(".")[0] not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def restore(self, steps):
         """Restore the newest checkpoint that is whole, for a run of `steps` steps."""
         found = find_checkpoints(self.run_dir)
         for path in reversed(found):
             try:
-                self.state.restore(str(path)).assert_consumed()
+                with blaming(path, "a whole checkpoint", "the one before it counts"):
+                    self.state.read(str(path)).assert_consumed()
+                self.last = number(path)
                 break
-            except (MemoryError, tf.errors.ResourceExhaustedError):
-                raise
-            except Exception as error:  # noqa: BLE001  damage has many faces
-                print(f"{path} is damaged ({' '.join(str(error).split())[:200]})")
+            except ProgramError as error:
+                print(error)
         else:
             if found:
                 raise ProgramError(
                     f"{self.folder}: no checkpoint can be restored: remove this folder "
                     "and the run starts at step 0 again"
                 )
-        step, epoch = int(self.state.step), int(self.state.epoch)
+        self.saved = step, epoch = int(self.state.step), int(self.state.epoch)
         if step > steps:
             raise ProgramError(
                 f"{self.run_dir} is at step {step} of --epochs' {steps}: raise --epochs"
@@ -1063,18 +1084,19 @@ class Checkpoints:
         write_progress(self.run_dir)
         size = 16 * self.state.model.count_params()
         need_space(self.folder, size + 10**6, "a checkpoint")
+        path = self.folder / f"ckpt-{self.last + 1}"
         try:
-            path = self.manager.save()
+            self.state.write(str(path))
         except tf.errors.OpError as error:
-            self.remove_half_written()
             raise ProgramError(
-                f"{self.folder}: {error.message}: the checkpoint before it is kept; "
-                "make room, then resume"
+                f"{path}: {error.message}: the checkpoint before it is kept; make room, "
+                "then resume"
             ) from error
-        for file in self.folder.glob(f"{os.path.basename(path)}.*"):
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())  # or a power cut could take it back
-        self.saved_at, self.saved = time.monotonic(), progress
+        for file in self.folder.glob(f"{path.name}.*"):
+            flush(file)
+        self.saved_at, self.saved, self.last = time.monotonic(), progress, self.last + 1
+        self.clean()
+        write_run(self.run_dir, self.record)
 
 
 # ------------------------------------------------------------------------ report
@@ -1106,7 +1128,7 @@ def write_progress(run_dir):
             durations = [400] * (len(frames) - 1) + [2500]  # ms
             rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
             frames[0].save(part, duration=durations, **rest)
-            os.replace(part, run_dir / "progress.gif")
+            put(part, run_dir / "progress.gif")
 
 
 def chart(title, lines, best, log=False):

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
+if __name__ == "__main__":  # the imports take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, by the import
 
 import keras
@@ -162,14 +164,9 @@ def load_vgg(vgg_path, keep_prob):
             he_normal = keras.initializers.VarianceScaling(scale, "fan_in")
             layer.kernel.assign(he_normal(layer.kernel.shape))
     else:
-        try:
+        advice = "name another with --vgg, or remove this one and leave --vgg out"
+        with helper.blaming(vgg_path, "VGG-16 weights with the fc layers", advice):
             original = keras.applications.VGG16(weights=Path(vgg_path))
-        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ProgramError(
-                f"{vgg_path}: not VGG-16 weights with the fc layers ({reason}): name "
-                "another with --vgg, or remove this one and leave --vgg out"
-            ) from error
         for layer in weighted:
             # A dense kernel holds the numbers of the convolution that covers its whole
             # input, in the same order: fc1 (25088, 4096) is (7, 7, 512, 4096).
@@ -224,13 +221,10 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
 
 def load_weights(model, path):
     """Load a best.weights.h5; raise ProgramError if it is not one of this network."""
-    try:
+    with helper.blaming(path, "weights of this FCN-8s", "name a best.weights.h5"):
         model.load_weights(path)
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ProgramError(
-            f"{path}: not weights of this FCN-8s ({reason}): name a best.weights.h5"
-        ) from error
+        if not all(np.isfinite(w).all() for w in model.trainable_variables):
+            raise ValueError("not finite")
 
 
 # ---------------------------------------------------------------------- training
@@ -424,9 +418,10 @@ def noting_signals():
 
     def note(signum, frame):
         noted.append(signum)
-        os.write(1, b"stopping after this step; a second signal stops at once\n")
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+        with contextlib.suppress(OSError):
+            os.write(1, b"stopping after this step; a second signal stops at once\n")
 
     before = [signal.signal(each, note) for each in SIGNALS]
     try:
@@ -454,9 +449,7 @@ def describe_device():
 
 def run(config):
     """Train as `config` says, score, and return the run's folder."""
-    if config.resume and helper.read_run(config.resume)["finished"]:
-        weights = config.resume / helper.WEIGHTS
-        print(f"{config.resume} is finished; its weights are {weights}")
+    if config.resume and helper.is_finished(config.resume):
         return config.resume
     device = describe_device()  # first of all: memory growth is set before any use
     if config.deterministic:
@@ -464,18 +457,20 @@ def run(config):
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
     data_dir, vgg_path = config.data_dir, config.vgg
-    named = config.weights or vgg_path
+    restored = config.resume and helper.find_checkpoints(config.resume)
+    if restored:
+        vgg_path = "random"  # for what is restored then
+    named = vgg_path if restored else config.weights or vgg_path
     if named not in ("downloaded", "random") and not Path(named).is_file():
-        raise ProgramError(f"{named}: no such file: correct --weights or --vgg")
+        raise ProgramError(f"{named}: not a file: correct --weights or --vgg")
     if config.demo:
         print("a demonstration on drawn roads; the real run is: python main.py")
         data_dir = data_dir / "demo"
         helper.maybe_draw_kitti_road(data_dir)
     else:
         helper.maybe_download_kitti_road(data_dir)
-    restored = config.resume and helper.find_checkpoints(config.resume)
-    if restored or config.weights:
-        vgg_path = "random"  # for what is loaded then
+    if config.weights:
+        vgg_path = "random"  # likewise
     elif vgg_path == "downloaded":
         vgg_path = helper.maybe_download_pretrained_vgg(config.data_dir)
     split = helper.find_images(
@@ -487,7 +482,11 @@ def run(config):
     rates = config.learning_rate, config.vgg_learning_rate
     steps = len(training) // batch_size  # an epoch
     facts = {
-        "config": dataclasses.asdict(config) | {"resume": None},
+        "config": {  # good in any folder
+            name: value.absolute() if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(config).items()
+            if name != "resume"
+        },
         "classes": CLASSES,
         "device": device,
         "data": dict(zip(("training", "holdout", "test"), map(len, split))),
