@@ -1515,6 +1515,17 @@ class Score(Program):
         for content in b"", b"no weights", weights.read_bytes()[:5000]:
             weights.write_bytes(content)
             self.assert_refused(1, *arguments, said="not weights of this FCN-8s")
+        model.get_layer("score_fc7").bias.assign([np.nan, 0])
+        model.save_weights(weights)
+        self.assert_refused(1, *arguments, said="FCN-8s .not finite")
+        shutil.copy(weights, self.folder / "x.keras")
+        arguments = *arguments[:-1], self.folder / "x.keras"
+        self.assert_refused(1, *arguments, said="x.keras: not weights")
+
+    def test_a_label_of_another_size_is_not_scored(self):
+        label = self.folder / "data/data_road/training/gt_image_2/um_road_000005.png"
+        Image.new("RGB", (24, 40)).save(label)
+        self.assert_refused(1, "--epochs", 0, said="um_road_000005.png is 24x40")
 
     def test_a_submission_is_what_the_benchmark_takes(self):
         self.assertEqual(self.main("--epochs", 0, "--submission")[0], 0)
@@ -1738,6 +1749,33 @@ class Resume(Program):
         kept.clear()
         self.assertEqual(self.main("--epochs", 5)[0], 0)  # every 5 minutes
         self.assertEqual(kept, [0] * 5)
+        for step in 2, 4, 5, 7:
+            kill_at(str(step), [signal.SIGTERM])
+            (self.resume if step > 2 else self.main)("--epochs", 5)
+            mock.patch.stopall()
+            self.patch(main, "load_vgg", small_vgg)
+        folder = self.run_dirs()[-1] / "checkpoint"
+        (folder / "ckpt-1.data-00000-of-00001").write_bytes(b"a kill left it")
+        (folder / "ckpt-old.index").write_bytes(b"of another program")
+        kill_at("8", [signal.SIGTERM])
+        self.assertEqual(self.resume()[0], 143)
+        names = {path.name.partition(".")[0] for path in folder.glob("ckpt*")}
+        self.assertEqual(names, {"ckpt-4", "ckpt-5"})
+
+    def test_a_checkpoint_is_all_that_a_resume_needs(self):
+        self.assertEqual(self.main("--epochs", 0)[0], 0)
+        weights = self.folder / "trained.weights.h5"
+        shutil.move(self.run_dirs()[0] / "best.weights.h5", weights)
+        self.assertEqual(self.stopped(4, "--weights", weights)[0], 143)
+        weights.unlink()
+        self.assertEqual(self.resume()[0], 0)
+
+    def test_a_folder_that_tensorflow_would_not_find_is_refused_at_once(self):
+        runs = self.folder / "runs[1]"
+        code, _, errors = self.main("--runs-dir", runs)
+        self.assertEqual((code, errors.count("\n")), (1, 1))
+        self.assertIn("name another --runs-dir", errors)
+        self.assertEqual(list(runs.iterdir()), [])
 
     def test_a_finished_run_is_left_as_it_is(self):
         self.assertEqual(self.main("--epochs", 1)[0], 0)
@@ -1757,14 +1795,18 @@ class Resume(Program):
             code, _, errors = self.resume(flag)
             self.assertEqual(code, 2)
             self.assertIn(flag.partition("=")[0], errors)
-        code, _, errors = self.resume("--epochs", 1)
-        self.assertEqual((code, errors.count("\n")), (1, 1))
-        self.assertIn("is at step 4 of --epochs' 3", errors)
         other = self.folder / "other"
         helper.maybe_draw_kitti_road(other, training=21, testing=3)
-        code, _, errors = self.resume("--data-dir", other)
-        self.assertEqual((code, errors.count("\n")), (1, 1))
-        self.assertIn("was begun with", errors)
+        before = (self.run_dirs()[0] / "run.json").read_bytes()
+        for argument, value, said in (
+            ("--epochs", 1, "is at step 4 of --epochs' 3"),
+            ("--data-dir", other, "was begun with"),
+        ):
+            code, _, errors = self.resume(argument, value)
+            self.assertEqual((code, errors.count("\n")), (1, 1))
+            self.assertIn(said, errors)
+            after = (self.run_dirs()[0] / "run.json").read_bytes()
+            self.assertEqual(before, after)
         code, output, _ = self.resume("--epochs", 3, "--data-dir", self.folder / "data")
         self.assertEqual(code, 0)
         self.assertIn("resumed at step 4 of 9", output)
