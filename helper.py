@@ -750,6 +750,7 @@ def export(model, folder, image_shape):
 # ------------------------------------------------------------------------ scores
 
 
+PLANES = {"image": "image plane", "bev": "bird's-eye view"}
 MISSED, FALSE = (230, 60, 0), (0, 110, 255)  # colours of errors in the report
 BEV_X, BEV_Z, BEV_CELL = (-10, 10), (6, 46), 0.05  # metres: 800 x 400 cells
 
@@ -867,7 +868,7 @@ def score_holdout(run_dir, model, holdout, image_shape, batch_size):
             os.replace(new, old)
     pooled = {
         plane: {
-            kind: scores(np.sum(parts, axis=0)) | {"images": len(parts)}
+            kind: {"images": len(parts), **scores(np.sum(parts, axis=0))}
             for kind, parts in groups.items()
             if parts
         }
@@ -876,18 +877,24 @@ def score_holdout(run_dir, model, holdout, image_shape, batch_size):
     return pooled, each
 
 
+def score_rows(kinds):
+    """Return the rows of a table of {category: measures}, as text, in percent."""
+    head = [["percent", *measures] for measures in kinds.values()][:1]
+    return head + [
+        [kind, str(measures["images"])]
+        + [f"{value:.2f}" for name, value in measures.items() if name != "images"]
+        for kind, measures in kinds.items()
+    ]
+
+
 def print_scores(scores):
-    """Print what score_holdout returned as a table, in percent."""
-    for plane, title in ("image", "image plane"), ("bev", "bird's-eye view"):
-        for row, (kind, measures) in enumerate(scores[plane].items()):
-            values = dict(measures)
-            values = {"images": values.pop("images"), **values}
-            if not row:
-                print(f"{title:16}" + "".join(f"{name:>10}" for name in values))
-            cells = (f"{value:10.2f}" for value in list(values.values())[1:])
-            print(f"{kind:16}{values['images']:10}" + "".join(cells))
-        if not scores[plane]:
-            print(f"{title}: no hold-out image has a calibration")
+    """Print what score_holdout returned."""
+    for plane, kinds in scores.items():
+        print(
+            PLANES[plane] + ("" if kinds else ": no hold-out image has a calibration")
+        )
+        for first, *cells in score_rows(kinds):
+            print(f"{first:8}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 # -------------------------------------------------------------------- run folder
@@ -1133,173 +1140,141 @@ def write_progress(run_dir):
 
 def chart(title, lines, best, log=False):
     """Return an SVG of {name: [(epoch, value), ...]} with `best`, an epoch, marked."""
-    width, height, left, top, right, bottom = 480, 270, 52, 40, 468, 232
-    points = np.array([point for line in lines.values() for point in line], float)
-    low, high = points[:, 1].min(), points[:, 1].max()
+    epochs, values = np.array([point for line in lines.values() for point in line]).T
+    low, high, last = values.min(), values.max(), max(int(epochs.max()), 2)
     nice = [m * 10.0**k for k in range(-7, 9) for m in (1, 2, 5)]
     if log:
-        low, high = max(low, nice[0]), max(high, nice[0])
+        low, high = np.clip((low, high), nice[0], nice[-2])
     else:
-        step = next(y for y in nice if y >= (high - low) / 5)
+        step = next(tick for tick in nice if tick >= (high - low) / 5)
         nice = step * np.arange(np.floor(low / step), np.ceil(high / step) + 2)
-    ticks = [max(y for y in nice if y <= low)]
+    ticks = [max(tick for tick in nice if tick <= low)]
     while ticks[-1] < high or len(ticks) < 2:
-        ticks.append(min(y for y in nice if y > ticks[-1]))
+        ticks.append(min(tick for tick in nice if tick > ticks[-1]))
     scale = np.log10 if log else np.asarray
-    floor, ceiling = scale(ticks[0]), scale(ticks[-1])
-    last = max(points[:, 0].max(), 2)
 
-    def place(epoch, value):
-        x = left + (right - left) * (epoch - 1) / (last - 1)
-        share = (scale(max(value, ticks[0])) - floor) / (ceiling - floor)
-        return round(x, 1), round(float(bottom - (bottom - top) * share), 1)
+    def x(epoch):
+        return round(52 + 416 * (epoch - 1) / (last - 1), 1)
 
-    parts = [
-        (
-            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">'
-            f'<text x="{left}" y="14" class="title">{title}</text>'
+    def y(value):
+        value = np.clip(value, ticks[0], ticks[-1])
+        return round(
+            np.interp(scale(value), scale((ticks[0], ticks[-1])), (232, 40)), 1
         )
-    ]
-    for value in ticks:
-        y = place(1, value)[1]
-        parts.append(f'<path class="grid" d="M{left} {y}H{right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4}" class="end">{value:.4g}</text>')
-    for epoch in range(1, int(last) + 1, -(-int(last) // 10)):
-        x = place(epoch, ticks[0])[0]
-        parts.append(f'<text x="{x}" y="{bottom + 16}" class="mid">{epoch}</text>')
-    parts.append(f'<text x="{right}" y="{height - 4}" class="end">epoch</text>')
-    x = place(best, ticks[0])[0]
-    side, shift = ("end", -4) if best > last / 2 else ("", 4)
-    parts.append(f'<path class="best" d="M{x} {top}V{bottom}"/>')
-    parts.append(
-        f'<text x="{x + shift}" y="{top + 12}" class="{side}">best: {best}</text>'
-    )
+
+    def text(x, y, kind, words):
+        return f'<text x="{x}" y="{y}" class="{kind}">{words}</text>'
+
+    parts = [text(52, 14, "title", title), text(468, 266, "end", "epoch")]
+    for tick in ticks:
+        parts.append(f'<path class="grid" d="M52 {y(tick)}H468"/>')
+        parts.append(text(46, y(tick) + 4, "end", f"{tick:.4g}"))
+    ticks_x = range(1, last + 1, -(-last // 10))
+    parts += [text(x(epoch), 248, "middle", epoch) for epoch in ticks_x]
+    parts.append(f'<path class="best" d="M{x(best)} 40V232"/>')
+    side = "end" if best > last / 2 else "start"
+    parts.append(text(x(best), 52, side, f"&nbsp;best: {best}&nbsp;"))
     for index, (name, line) in enumerate(lines.items()):
-        places = [place(*point) for point in line]
-        path = " ".join(f"{x},{y}" for x, y in places)
-        parts.append(f'<polyline class="line{index}" points="{path}"/>')
-        parts += [
-            f'<circle class="dot{index}" cx="{x}" cy="{y}" r="2"/>' for x, y in places
-        ]
-        parts.append(
-            f'<text x="{left + 130 * index}" y="31" class="name{index}">{name}</text>'
-        )
-    return "".join(parts) + "</svg>"
+        points = [f"{x(epoch)},{y(value)}" for epoch, value in line]
+        points = " ".join(points if len(points) > 1 else 2 * points)  # one is a dot
+        parts.append(f'<polyline class="line{index}" points="{points}"/>')
+        parts.append(text(52 + 130 * index, 31, f"name{index}", name))
+    head = f'<svg viewBox="0 0 480 270" role="img" aria-label="{title}">'
+    return head + "".join(parts) + "</svg>"
 
 
-STYLE = """
-:root { color-scheme: light dark; --a: #0b6; --b: #d60; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2rem }
-img, svg { max-width: 100%; height: auto; display: block } .pair img { width: 100% }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
-th, td { text-align: right; padding: .15rem .6rem; border-bottom: 1px solid #8886 }
-th:first-child, td:first-child { text-align: left }
-.pair { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
-figure { margin: 0 0 1rem } figcaption { font-size: .9rem; overflow-wrap: anywhere }
-svg { width: 100% } svg text { font-size: 12px; fill: currentColor } svg .title { font-weight: bold }
-.end { text-anchor: end } .mid { text-anchor: middle } .grid { stroke: #8885 }
-.best { stroke: currentColor; stroke-dasharray: 4 3 } polyline { fill: none; stroke-width: 2 }
-.line0 { stroke: var(--a) } .line1 { stroke: var(--b) } .dot0 { fill: var(--a) }
-.dot1 { fill: var(--b) } svg .name0 { fill: var(--a) } svg .name1 { fill: var(--b) }
-.missed, .false { padding: 0 .4rem; color: #fff }
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root {{ color-scheme: light dark; --line0: #0a6; --line1: #d60 }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem }}
+h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.2rem; margin-top: 2rem }}
+img, svg {{ max-width: 100%; height: auto; display: block }} .grid > img, svg {{ width: 100% }}
+.wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: .9rem }}
+td {{ text-align: right; padding: .15rem .6rem; border-bottom: 1px solid #8886 }}
+td:first-child {{ text-align: left }} figure {{ margin: 0 0 1rem }}
+figcaption {{ font-size: .9rem; overflow-wrap: anywhere }}
+div.grid {{ display: grid; gap: .5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }}
+svg text {{ font-size: 12px; fill: currentColor }} svg .title {{ font-weight: bold }}
+.end {{ text-anchor: end }} .middle {{ text-anchor: middle }} path.grid {{ stroke: #8885 }}
+.best {{ stroke: currentColor; stroke-dasharray: 4 3 }}
+polyline {{ fill: none; stroke-width: 2; stroke-linecap: round }}
+.line0 {{ stroke: var(--line0) }} .line1 {{ stroke: var(--line1) }}
+svg .name0 {{ fill: var(--line0) }} svg .name1 {{ fill: var(--line1) }}
+mark {{ padding: 0 .4rem; color: #fff }}
+</style></head><body>
+{body}
+</body></html>
 """
 
 
 def report(run_dir, record):
     """Return a page on a run: settings, scores, curves, pictures, of what there is."""
+    history, body = record["history"], []
 
     def table(rows):
         cells = [[f"<td>{html.escape(str(cell))}</td>" for cell in row] for row in rows]
-        body = "<tr>".join("".join(row) for row in cells)
-        return f'<div class="wide"><table><tr>{body}</table></div>'
+        body.append('<div class="wide"><table><tr>')
+        body.append("<tr>".join("".join(row) for row in cells) + "</table></div>")
 
-    def picture(path):
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-        except OSError:  # none of ours
-            return ""
-        source = html.escape(urllib.parse.quote(str(path.relative_to(run_dir))))
-        return (
-            f'<img src="{source}" alt="{html.escape(path.stem)}" loading="lazy" '
-            f'width="{width}" height="{height}">'
-        )
+    def figure(caption, *paths):
+        body.append('<figure><div class="grid">')
+        for path in paths:
+            with contextlib.suppress(OSError), Image.open(path) as image:
+                source = urllib.parse.quote(path.relative_to(run_dir).as_posix())
+                size = "width={} height={}".format(*image.size)
+                alt = html.escape(path.stem)
+                body.append(f'<img src="{source}" alt="{alt}" loading="lazy" {size}>')
+        body.append(f"</div><figcaption>{html.escape(caption)}</figcaption></figure>")
 
-    def figures(groups):
-        for caption, paths in groups:
-            pictures = "".join(picture(path) for path in paths if path.exists())
-            caption = html.escape(caption)
-            yield f'<figure><div class="pair">{pictures}</div>'
-            yield f"<figcaption>{caption}</figcaption></figure>"
-
-    history, config = record["history"], record["config"]
-    epochs = f"{len(history)} of {config['epochs']} epochs"
-    state = "finished" if record["finished"] else "not finished"
-    device = record["device"]
     title = html.escape(f"Run {run_dir.name}")
-    data = ", ".join(f"{n} {name}" for name, n in record["data"].items())
-    body = [
-        f"<h1>{title}: {state}</h1>",
-        (
-            f"<p>FCN-8s on VGG-16 for road segmentation. {epochs}; images: {data}; "
-            f"{html.escape(device['name'])}.</p>"
-        ),
-    ]
-    for plane, name in ("image", "image plane"), ("bev", "bird's-eye view"):
-        kinds = record["scores"].get(plane)
+    state = "finished" if record["finished"] else "not finished"
+    data = ", ".join(f"{count} {name}" for name, count in record["data"].items())
+    name = html.escape(record["device"]["name"])
+    body.append(f"<h1>{title}: {state}</h1><p>FCN-8s on VGG-16 for road segmentation.")
+    body.append(f"{len(history)} of {record['config']['epochs']} epochs on {name}; ")
+    body.append(f"images: {data}.</p>")
+    for plane, kinds in record["scores"].items():
         if kinds:
-            names = list(next(iter(kinds.values())))
-            rows = [["percent", *names]]
-            rows += [
-                [kind, *(f"{x:.2f}" if isinstance(x, float) else x for x in m.values())]
-                for kind, m in kinds.items()
-            ]
-            body += [f"<h2>Hold-out scores, {name}</h2>", table(rows)]
+            body.append(f"<h2>Hold-out scores, {PLANES[plane]}</h2>")
+            table(score_rows(kinds))
     if history:
-        best = record["best_epoch"]
-        charts = {
-            "Loss (cross entropy, nats a pixel, log scale)": {
-                "training": "loss",
-                "hold-out": "holdout_loss",
-            },
-            "Hold-out at network size, percent": {"MaxF": "MaxF", "IoU at 0.5": "IoU"},
-        }
-        body.append('<h2>Training</h2><div class="pair">')
-        for index, (name, fields) in enumerate(charts.items()):
+        losses = {"training": "loss", "hold-out": "holdout_loss"}
+        shares = {"MaxF": "MaxF", "IoU at 0.5": "IoU"}
+        body.append('<h2>Training</h2><div class="grid">')
+        for name, fields, log in (
+            ("Loss: cross entropy, nats a pixel, log scale", losses, True),
+            ("Hold-out at the network's size, percent", shares, False),
+        ):
             lines = {
-                line: [(e["epoch"], e[field]) for e in history if field in e]
+                line: [(epoch["epoch"], epoch[field]) for epoch in history]
                 for line, field in fields.items()
+                if field in history[0]
             }
-            lines = {line: points for line, points in lines.items() if points}
             if lines:
-                body.append(chart(name, lines, best, log=not index))
+                body.append(chart(name, lines, record["best_epoch"], log))
         body.append("</div>")
-    if (progress := run_dir / "progress.gif").exists():
-        body += ["<h2>One image through the epochs</h2>", picture(progress)]
+    if (run_dir / "progress.gif").exists():
+        body.append("<h2>One image through the epochs</h2>")
+        figure("", run_dir / "progress.gif")
     if record["holdout"]:
-        body.append(
-            "<h2>Hold-out, from worst to best</h2><p>IoU at 0.5 at the image's own size. "
-            f'<span class="missed" style="background: rgb{MISSED}">missed road</span> '
-            f'<span class="false" style="background: rgb{FALSE}">false road</span></p>'
-        )
-        ranked = sorted(record["holdout"].items(), key=lambda item: item[1])
-        folder = run_dir / "errors"
-        body += figures(
-            (
-                f"{name}: IoU {iou:.2f}",
-                [folder / f"{name}.jpg", folder / f"{name}_errors.jpg"],
-            )
-            for name, iou in ranked
-        )
-    overlays = sorted(run_dir.glob("[!.]*.png"))
-    if overlays:
-        body.append('<h2>Test images</h2><div class="pair">')
-        body += [*figures((path.stem, [path]) for path in overlays), "</div>"]
-    versions = record["versions"].items()
-    body += ["<h2>Settings</h2>", table([*config.items(), *device.items(), *versions])]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+        body.append("<h2>Hold-out, from worst to best</h2><p>IoU at 0.5, at own size.")
+        for words, colour in ("missed road", MISSED), ("false road", FALSE):
+            body.append(f'<mark style="background: rgb{colour}">{words}</mark>')
+        body.append("</p>")
+    for name, iou in sorted(record["holdout"].items(), key=lambda item: item[1]):
+        paths = (run_dir / "errors" / f"{name}{end}.jpg" for end in ("", "_errors"))
+        figure(f"{name}: IoU {iou:.2f}", *paths)
+    if overlays := sorted(run_dir.glob("[!.]*.png")):
+        body.append('<h2>Test images</h2><div class="grid">')
+        for path in overlays:
+            figure(path.stem, path)
+        body.append("</div>")
+    body.append("<h2>Settings</h2>")
+    table(
+        item
+        for part in ("config", "device", "versions")
+        for item in record[part].items()
     )
+    return PAGE.format(title=title, body="\n".join(body))

@@ -2024,14 +2024,14 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
         self.links += [v for name, v in attributes if name in ("src", "href")]
-        if tag not in ("img", "meta", "path", "circle", "polyline", "tr", "td"):
+        if tag not in ("img", "meta", "path", "polyline", "tr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag):
-        if tag not in ("tr", "td"):
+        if tag not in ("path", "polyline"):
             assert self.open.pop() == tag, tag
 
     def handle_data(self, data):
