@@ -1231,6 +1231,7 @@ def report(run_dir, record):
     title = html.escape(f"Run {run_dir.name}")
     state = "finished" if record["finished"] else "not finished"
     data = ", ".join(f"{count} {name}" for name, count in record["data"].items())
+    data = data.replace("holdout", "hold-out")
     name = html.escape(record["device"]["name"])
     body.append(f"<h1>{title}: {state}</h1><p>FCN-8s on VGG-16 for road segmentation.")
     body.append(f"{len(history)} of {record['config']['epochs']} epochs on {name}; ")
