@@ -1176,12 +1176,23 @@ class Program(Case):
     def record(self):
         return json.loads((self.run_dirs()[-1] / "run.json").read_text())
 
-    def assert_refused(self, code, *arguments, said=""):
-        found, _, errors = self.main(*arguments)
-        self.assertEqual(found, code, errors)
+    def assert_line(self, result, said, code=1):
+        """Check that a run ended with one line that says so."""
+        found, _, errors = result
+        self.assertEqual((found, errors.count("\n")), (code, 1), errors)
         self.assertRegex(errors, said)
-        self.assertEqual(errors.count("\n"), 1, errors)
         self.assertNotIn("Traceback", errors)
+
+    def assert_refused(self, code, *arguments, said=""):
+        self.assert_line(self.main(*arguments), said, code)
+
+    def stopped(self, moment, run, *arguments, signum=signal.SIGTERM):
+        """Run until `moment`; return the code, stdout and stderr."""
+        with kill_at(str(moment), [signum]):
+            return run(*arguments)
+
+    def resume(self, *arguments):
+        return self.call("--resume", self.run_dirs()[-1], *arguments)
 
 
 class Run(Program):
@@ -1556,13 +1567,13 @@ DRIVER = """
 import os, sys, main, project_tests, tensorflow as tf
 moment, signals = sys.argv.pop(1), [int(n) for n in sys.argv.pop(1).split()]
 main.load_vgg = project_tests.small_vgg
-project_tests.kill_at(moment, signals)
-main.program()
+with project_tests.kill_at(moment, signals):
+    main.program()
 """
 
 
 def kill_at(moment, signals):
-    """Have the program send itself `signals` at a moment; return what was replaced."""
+    """Return a patch with which the program sends itself `signals` at a moment."""
 
     def kill(condition=True):
         for signum in signals if condition else ():
@@ -1590,27 +1601,11 @@ def kill_at(moment, signals):
         new = tf.train.Checkpoint, "write", half_written
     else:
         new = helper, "save_inference_samples", lambda *args: kill()
-    return mock.patch.object(*new).start()
+    return mock.patch.object(*new)
 
 
 class Resume(Program):
     """Kill it in every way; what comes out is what was never killed."""
-
-    def setUp(self):
-        super().setUp()
-        self.addCleanup(mock.patch.stopall)
-
-    def stopped(self, moment, *arguments, signum=signal.SIGTERM):
-        """Run until `moment`; return the code, stdout and stderr."""
-        kill_at(str(moment), [signum])
-        try:
-            return self.main(*arguments)
-        finally:
-            mock.patch.stopall()
-            self.patch(main, "load_vgg", small_vgg)
-
-    def resume(self, *arguments):
-        return self.call("--resume", self.run_dirs()[-1], *arguments)
 
     def process(self, moment, signals, *arguments):
         """Run as a process until `moment`; return the exit code, stdout and stderr."""
@@ -1654,15 +1649,11 @@ class Resume(Program):
         steps = []
         for moment, signum, code, step in moments:
             with self.subTest(moment):
-                kill_at(str(moment), [signum])
-                found, output, errors = (self.resume if steps else self.main)(
-                    *([] if steps else ["--epochs", 3])
-                )
-                mock.patch.stopall()
-                self.patch(main, "load_vgg", small_vgg)
-                self.assertEqual(found, code)
+                run = self.resume if steps else self.main
+                result = self.stopped(moment, run, "--epochs", 3, signum=signum)
                 name = signal.Signals(signum).name
-                self.assertEqual(errors, f"stopped by {name}\n")
+                self.assert_line(result, f"^stopped by {name}$", code)
+                output = result[1]
                 self.assertIn(f"main.py --resume {self.run_dirs()[-1]}", output)
                 if steps:
                     self.assertIn(f"resumed at step {steps[-1]} of 9", output)
@@ -1702,7 +1693,7 @@ class Resume(Program):
     def test_a_damaged_checkpoint_gives_way_to_the_one_before(self):
         self.assertEqual(self.main()[0], 0)
         expected = self.outcome(self.run_dirs()[0])
-        self.assertEqual(self.stopped(5, "--checkpoint-minutes", 0)[0], 143)
+        self.assertEqual(self.stopped(5, self.main, "--checkpoint-minutes", 0)[0], 143)
         run_dir = self.run_dirs()[1]
         folder = run_dir / "checkpoint"
         whole = self.folder / "whole"
@@ -1749,15 +1740,12 @@ class Resume(Program):
         self.assertEqual(self.main("--epochs", 5)[0], 0)  # every 5 minutes
         self.assertEqual(kept, [0] * 5)
         for step in 2, 4, 5, 7:
-            kill_at(str(step), [signal.SIGTERM])
-            (self.resume if step > 2 else self.main)("--epochs", 5)
-            mock.patch.stopall()
-            self.patch(main, "load_vgg", small_vgg)
+            run = self.resume if step > 2 else self.main
+            self.assertEqual(self.stopped(step, run, "--epochs", 5)[0], 143)
         folder = self.run_dirs()[-1] / "checkpoint"
         (folder / "ckpt-1.data-00000-of-00001").write_bytes(b"a kill left it")
         (folder / "ckpt-old.index").write_bytes(b"of another program")
-        kill_at("8", [signal.SIGTERM])
-        self.assertEqual(self.resume()[0], 143)
+        self.assertEqual(self.stopped(8, self.resume)[0], 143)
         names = {path.name.partition(".")[0] for path in folder.glob("ckpt*")}
         self.assertEqual(names, {"ckpt-4", "ckpt-5"})
 
@@ -1765,15 +1753,13 @@ class Resume(Program):
         self.assertEqual(self.main("--epochs", 0)[0], 0)
         weights = self.folder / "trained.weights.h5"
         shutil.move(self.run_dirs()[0] / "best.weights.h5", weights)
-        self.assertEqual(self.stopped(4, "--weights", weights)[0], 143)
+        self.assertEqual(self.stopped(4, self.main, "--weights", weights)[0], 143)
         weights.unlink()
         self.assertEqual(self.resume()[0], 0)
 
     def test_a_folder_that_tensorflow_would_not_find_is_refused_at_once(self):
         runs = self.folder / "runs[1]"
-        code, _, errors = self.main("--runs-dir", runs)
-        self.assertEqual((code, errors.count("\n")), (1, 1))
-        self.assertIn("name another --runs-dir", errors)
+        self.assert_line(self.main("--runs-dir", runs), "name another --runs-dir")
         self.assertEqual(list(runs.iterdir()), [])
 
     def test_a_finished_run_is_left_as_it_is(self):
@@ -1788,12 +1774,10 @@ class Resume(Program):
 
     def test_a_run_keeps_its_settings(self):
         rate = ["--learning-rate", "0.00123", "--keep-prob", "0.7", "--submission"]
-        self.assertEqual(self.stopped(4, *rate)[0], 143)
+        self.assertEqual(self.stopped(4, self.main, *rate)[0], 143)
         config = self.record()["config"]
         for flag in "--seed=0", "--learning-rate=0.00123", "--demo", "--vgg=random":
-            code, _, errors = self.resume(flag)
-            self.assertEqual(code, 2)
-            self.assertIn(flag.partition("=")[0], errors)
+            self.assert_line(self.resume(flag), flag.partition("=")[0], 2)
         other = self.folder / "other"
         helper.maybe_draw_kitti_road(other, training=21, testing=3)
         before = (self.run_dirs()[0] / "run.json").read_bytes()
@@ -1801,9 +1785,7 @@ class Resume(Program):
             ("--epochs", 1, "is at step 4 of --epochs' 3"),
             ("--data-dir", other, "was begun with"),
         ):
-            code, _, errors = self.resume(argument, value)
-            self.assertEqual((code, errors.count("\n")), (1, 1))
-            self.assertIn(said, errors)
+            self.assert_line(self.resume(argument, value), re.escape(said))
             after = (self.run_dirs()[0] / "run.json").read_bytes()
             self.assertEqual(before, after)
         code, output, _ = self.resume("--epochs", 3, "--data-dir", self.folder / "data")
@@ -1816,11 +1798,9 @@ class Resume(Program):
         np.testing.assert_allclose(rates, [0.00123, 0.00123 / 2, 0], atol=1e-9)
 
     def test_two_programs_do_not_work_on_one_run(self):
-        self.assertEqual(self.stopped(4)[0], 143)
+        self.assertEqual(self.stopped(4, self.main)[0], 143)
         with helper.locked(self.run_dirs()[0] / "checkpoint" / "run"):
-            code, _, errors = self.resume()
-        self.assertEqual((code, errors.count("\n")), (1, 1))
-        self.assertIn("another program works on this run", errors)
+            self.assert_line(self.resume(), "another program works on this run")
         self.assertEqual(self.resume()[0], 0)
 
     def test_what_is_no_run_is_named(self):
@@ -1829,9 +1809,9 @@ class Resume(Program):
             folder.mkdir(parents=True, exist_ok=True)
             if content is not None:
                 (folder / "run.json").write_text(content)
-            code, _, errors = self.resume()
-            self.assertEqual((code, errors.count("\n")), (1, 1))
-            self.assertIn(f"{folder}/run.json: not the record of a run", errors)
+            self.assert_line(
+                self.resume(), f"{folder}/run.json: not the record of a run"
+            )
 
     def test_a_full_disk_leaves_the_last_good_checkpoint(self):
         full = tf.errors.ResourceExhaustedError(None, None, "No space left on device")
@@ -1845,9 +1825,10 @@ class Resume(Program):
 
         patcher = mock.patch.object(tf.train.Checkpoint, "write", fill)
         with patcher:
-            code, _, errors = self.main("--checkpoint-minutes", 0)
-        self.assertEqual((code, errors.count("\n")), (1, 1))
-        self.assertRegex(errors, "ckpt-2: No space left on device: .* is kept")
+            self.assert_line(
+                self.main("--checkpoint-minutes", 0),
+                "ckpt-2: No space left on device: .* is kept",
+            )
         self.assertEqual(self.resume()[0], 0)
         self.assertEqual(self.record()["resumed"], [3])
 
@@ -1913,10 +1894,9 @@ class Use(Program):
         (images / "b.png").write_bytes(b"no image")
         for name in "a.png", "c.png":
             Image.new("RGB", (64, 32)).save(images / name)
-        code, output, errors = self.use("--predict", images)
-        self.assertEqual((code, errors.count("\n")), (1, 1))
-        self.assertRegex(errors, "1 of 3 left out: .*b.png: not a readable image")
-        self.assertIn("2 overlays", output)
+        result = self.use("--predict", images)
+        self.assert_line(result, "1 of 3 left out: .*b.png: not a readable image")
+        self.assertIn("2 overlays", result[1])
         self.assertEqual(self.files(self.out()), ["a.png", "c.png"])
 
     def test_a_photograph_is_turned_upright(self):
@@ -1962,9 +1942,7 @@ class Use(Program):
             (self.weights.parent / "run.json", "run.json: not a readable video"),
             (self.folder, "no .png, .jpg, .jpeg in it"),
         ):
-            code, _, errors = self.use("--predict", path)
-            self.assertEqual((code, errors.count("\n")), (1, 1), errors)
-            self.assertIn(said, errors)
+            self.assert_line(self.use("--predict", path), re.escape(said))
         self.assertEqual(list((self.folder / "out").glob("*")), [])
         code, _, errors = self.call("--predict", self.folder)
         self.assertEqual(code, 2)
@@ -1975,9 +1953,9 @@ class Use(Program):
         code, _, errors = self.use("--predict", self.folder)
         self.assertRegex(errors, "run.json: classes .'cat', 'dog'.")
         (self.weights.parent / "run.json").unlink()
-        code, _, errors = self.use("--predict", self.folder)
-        self.assertEqual((code, errors.count("\n")), (1, 1))
-        self.assertIn("run.json: not the record of a run", errors)
+        self.assert_line(
+            self.use("--predict", self.folder), "run.json: not the record of a run"
+        )
 
     def test_an_exported_model_is_the_program_bit_for_bit(self):
         folder = self.folder / "saved"
@@ -2004,9 +1982,7 @@ for index in "01":
             [sys.executable, "-c", code], check=False, capture_output=True, text=True
         )
         self.assertEqual(done.returncode, 0, done.stderr)
-        code, _, errors = self.use("--export", folder)
-        self.assertEqual((code, errors.count("\n")), (1, 1))
-        self.assertIn("saved: exists", errors)
+        self.assert_line(self.use("--export", folder), "saved: exists")
 
 
 # ------------------------------------------------------------------------ report
@@ -2097,16 +2073,13 @@ class Report(Program):
             self.assertGreater((wrong == (truth == label)).mean(), 0.97)
 
     def test_a_stopped_run_has_a_report_and_an_image_is_followed_without_holdout(self):
-        self.addCleanup(mock.patch.stopall)
-        kill_at("4", [signal.SIGTERM])
-        self.assertEqual(self.main("--holdout-fraction", 0)[0], 143)
+        result = self.stopped(4, self.main, "--holdout-fraction", 0)
+        self.assertEqual(result[0], 143)
         page = self.page()
         self.assertIn("not finished", page.text)
         self.assertIn("1 of 2 epochs", page.text)
         self.assertIn("progress.gif", page.links)
-        mock.patch.stopall()
-        self.patch(main, "load_vgg", small_vgg)
-        self.assertEqual(self.call("--resume", self.run_dirs()[0])[0], 0)
+        self.assertEqual(self.resume()[0], 0)
         self.assertIn(": finished", self.page().text)
         with Image.open(self.run_dirs()[0] / "progress.gif") as gif:
             self.assertEqual(gif.n_frames, 2)
