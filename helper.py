@@ -6,9 +6,11 @@ Images are RGB uint8 (H, W, 3); labels are uint8 ids (H, W): 0 background, 1 roa
 
 import collections
 import contextlib
+import functools
 import hashlib
 import html
 import importlib.metadata
+import io
 import itertools
 import json
 import os
@@ -20,12 +22,12 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import imageio.v2 as imageio
-import imageio.v3 as iio
+import imageio_ffmpeg  # comes with imageio[ffmpeg]
 import numpy as np
 import requests  # comes with tensorflow
 import tensorflow as tf
 import urllib3  # comes with requests
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 try:
@@ -68,7 +70,7 @@ def blaming(path, what, advice):
     except (MemoryError, tf.errors.ResourceExhaustedError, ProgramError):
         raise
     except Exception as error:  # decoders raise what they like
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error).partition("\n")[0][:200]
         raise ProgramError(f"{path}: not {what} ({reason}): {advice}") from error
 
 
@@ -104,13 +106,23 @@ def put(part, path):
     os.replace(part, path)
 
 
+def save_image(pixels, path):
+    """Write uint8 (H, W, 3) or (H, W) as PNG or JPEG, by the name: all of it or none."""
+    content = io.BytesIO()  # Pillow would not notice a disk that is full
+    kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
+    Image.fromarray(pixels).save(content, kind, compress_level=3, quality=92)
+    with beside(path) as part:
+        part.write_bytes(content.getvalue())
+        put(part, path)
+
+
 def ahead(task, items):
-    """Yield task(item) in order, done on all cores, up to 16 items ahead."""
+    """Yield task(item) in order, done on all cores, a few items ahead."""
     with ThreadPoolExecutor() as pool:
         waiting = collections.deque()
         for item in items:
             waiting.append(pool.submit(task, item))
-            if len(waiting) > 16:
+            if len(waiting) > os.cpu_count() + 2:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -296,8 +308,14 @@ def _unpack(archive, folder):
 
 def read_image(path):
     """Return the image at `path` as RGB uint8 (H, W, 3), upright, whatever its mode."""
-    with blaming(path, "a readable image", "replace or remove it"):
-        return iio.imread(path, plugin="pillow", index=0, mode="RGB", rotate=True)
+    with (
+        blaming(path, "a readable image", "replace or remove it"),
+        Image.open(path) as image,
+    ):
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return np.asarray(image.convert("RGB"))
 
 
 def read_label(path):
@@ -604,16 +622,30 @@ def maybe_draw_kitti_road(data_dir, training=60, testing=6):
 # --------------------------------------------------------------------- inference
 
 
-@tf.function(reduce_retracing=True)
+@functools.lru_cache(maxsize=1)
+def predictor(model, image_shape):
+    """Return the tf.function of predict_road: one trace for all batches and sizes.
+
+    A trace for certain sizes rounds differently, and which ones there are would depend
+    on what was segmented before.
+    """
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8)])
+    def predict(images):
+        x = resize_image(images, image_shape)
+        road = tf.nn.softmax(model(x, training=False))[..., 1:]
+        size = tf.shape(images)[1:3]
+        return {"road": tf.image.resize(road, size, antialias=True)[..., 0]}
+
+    return predict
+
+
 def predict_road(model, images, image_shape):
     """Return the road probability (B, H, W) float32 of images (B, H, W, 3) uint8.
 
     The network sees them at `image_shape`; H and W are free.
     """
-    x = resize_image(images, image_shape)
-    road = tf.nn.softmax(model(x, training=False))[..., 1:]
-    size = tf.shape(images)[1:3]
-    return tf.image.resize(road, size, antialias=True)[..., 0]
+    return predictor(model, image_shape)(tf.constant(images))["road"]
 
 
 def overlay(image, road):
@@ -627,8 +659,9 @@ def segment(model, images, image_shape, batch_size, seconds=None):
 
     Neighbours of one size share a batch. What the network takes is added to `seconds`.
     """
-    for _, group in itertools.groupby(images, key=lambda pair: pair[1].shape):
-        while batch := list(itertools.islice(group, batch_size)):
+    for shape, group in itertools.groupby(images, key=lambda pair: pair[1].shape):
+        count = min(batch_size, max(2**25 // (shape[0] * shape[1]), 1))  # photographs
+        while batch := list(itertools.islice(group, count)):
             start = time.perf_counter()
             stack = np.stack([image for _, image in batch])
             roads = predict_road(model, stack, image_shape).numpy()
@@ -655,10 +688,10 @@ def save_inference_samples(
 
     def save(sample):
         path, image, road = sample
-        Image.fromarray(overlay(image, road)).save(part / path.name, compress_level=3)
+        save_image(overlay(image, road), part / path.name)
         if submission:
             view = birds_eye(to_confidence(road).numpy(), read_homography(path), 0)
-            Image.fromarray(view).save(views / road_name(path))
+            save_image(view, views / road_name(path))
 
     with beside(run_dir / "overlays") as part, beside(run_dir / "submission") as views:
         part.mkdir()
@@ -687,44 +720,55 @@ def predict(run_dir, model, path, image_shape, batch_size):
 
     def save(sample):
         path, image, road = sample
-        with beside(run_dir / path.name) as part:
-            Image.fromarray(overlay(image, road)).save(part, quality=92)
-            put(part, run_dir / path.name)
+        save_image(overlay(image, road), run_dir / path.name)
 
     inference = image_shape, batch_size, seconds
     if path.is_dir() or path.suffix.lower() in IMAGES:
-        paths = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
-        paths = [path for path in paths if path.suffix.lower() in IMAGES]
+        files = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
+        paths = [path for path in files if path.suffix.lower() in IMAGES]
+        count = len(paths)
         if not paths:
             raise ProgramError(f"{path}: no {', '.join(IMAGES)} in it: name another")
-        count = len(paths)
+        if len(files) > count:
+            print(f"{len(files) - count} other files in {path} are left alone")
         images = filter(None, ahead(read, paths))
         in_parallel(save, segment(model, images, *inference), "overlays", count)
         done = count - len(broken)
     else:
         every = ["-fps_mode", "passthrough"]  # or a varying rate would be evened out
-        with blaming(path, "a readable video", "name another"):
+        with blaming(path, "a readable video", "name another, or an image"):
             reader = imageio.get_reader(path, format="FFMPEG", output_params=every)
-            count, rate = reader.count_frames(), reader.get_meta_data()["fps"]
+            count, length = imageio_ffmpeg.count_frames_and_secs(str(path))
+            rate = reader.get_meta_data()["fps"] or 25
+            if length > 1 and not 0.8 < count / length / rate < 1.25:
+                rate = count / length  # what the file states is a bound
             height, width, _ = next(iter(reader)).shape
         sized = {"macro_block_size": 2, "pixelformat": "yuv420p"}
         if height % 2 or width % 2:  # which colours at half the size cannot have
             sized = {"macro_block_size": 1, "pixelformat": "yuv444p"}
         done, target = 0, run_dir / f"{path.stem}.mp4"
+        options = {"format": "FFMPEG", "fps": rate, "ffmpeg_log_level": "quiet"}
         frames = segment(model, ((path, frame) for frame in reader), *inference)
         with beside(target) as part:
-            with imageio.get_writer(part, format="FFMPEG", fps=rate, **sized) as video:
-                for _, image, road in tqdm(frames, "frames", count, disable=None):
-                    video.append_data(overlay(image, road))
-                    done += 1
+            try:
+                with imageio.get_writer(part, **options, **sized) as video:
+                    for _, image, road in tqdm(frames, "frames", count, disable=None):
+                        video.append_data(overlay(image, road))
+                        done += 1
+            except OSError as error:
+                raise ProgramError(
+                    f"{target}: ffmpeg gave up at frame {done}: make room, or set "
+                    "--runs-dir"
+                ) from error
             put(part, target)
         if done < count:
             broken.append(f"{path} ends after frame {done}")
     total = time.perf_counter() - start
-    print(
-        f"{done} overlays in {run_dir}: {done / total:.1f} a second, of which the "
-        f"network took {100 * sum(seconds) / total:.0f} % of the time"
-    )
+    if done:
+        print(
+            f"{done} overlays in {run_dir}: {done / total:.1f} a second, of which the "
+            f"network took {100 * sum(seconds) / total:.0f} % of the time"
+        )
     if broken:
         raise ProgramError(f"{count - done} of {count} left out: {'; '.join(broken)}")
 
@@ -734,16 +778,15 @@ def export(model, folder, image_shape):
     if folder.exists():
         raise ProgramError(f"{folder}: exists: name a new folder with --export")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    need_space(folder.parent, 5 * model.count_params(), "the SavedModel")
-
-    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8)])
-    def serve(images):
-        return {"road": predict_road(model, images, image_shape)}
+    need_space(folder.parent, 5 * model.count_params() + 10**6, "the SavedModel")
 
     module = tf.Module()
-    module.model, module.serve = model, serve
+    module.model, module.serve = model, predictor(model, image_shape)
     with beside(folder) as part:
-        tf.saved_model.save(module, part, signatures=serve)
+        try:
+            tf.saved_model.save(module, part, signatures=module.serve)
+        except tf.errors.OpError as error:
+            raise ProgramError(f"{folder}: {error.message}: make room") from error
         os.replace(part, folder)
 
 
@@ -845,16 +888,16 @@ def score_holdout(run_dir, model, holdout, image_shape, batch_size):
         for (image, pixels, road), (_, label_path) in zip(samples, holdout):
             confidence, label = to_confidence(road).numpy(), read_label(label_path)
             check_size(label_path, label, pixels)
-            Image.fromarray(confidence).save(part / label_path.name)
+            save_image(confidence, part / label_path.name)
             small = resize_image(pixels, image_shape).numpy()
             found, truth = (
                 resize_label(ids, image_shape).numpy()
                 for ids in ((road >= 0.5).astype(np.uint8), label)
             )
-            Image.fromarray(overlay(small, found)).save(errors / f"{image.stem}.jpg")
+            save_image(overlay(small, found), errors / f"{image.stem}.jpg")
             small[(truth == 1) & (found == 0)] = MISSED
             small[(truth == 0) & (found == 1)] = FALSE
-            Image.fromarray(small).save(errors / f"{image.stem}_errors.jpg")
+            save_image(small, errors / f"{image.stem}_errors.jpg")
             pairs = {"image": (confidence, label)}
             if (homography := read_homography(image)) is not None:
                 sides = (confidence, 0), (label, VOID)
@@ -907,6 +950,7 @@ def read_run(run_dir):
         kinds = {"config": dict, "data": dict, "history": list, "resumed": list}
         if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
             raise ValueError("damaged")
+        int(record["config"]["image_height"]), int(record["config"]["image_width"])
         return record
 
 
@@ -971,7 +1015,7 @@ def write_run(run_dir, record):
     text = json.dumps(record, indent=1, allow_nan=False, default=str)
     for name, content in ("run.json", text), ("index.html", report(run_dir, record)):
         with beside(run_dir / name) as part:
-            part.write_text(content, "utf-8")
+            part.write_text(content, "utf-8", "replace")
             put(part, run_dir / name)
 
 
@@ -1111,14 +1155,13 @@ class Checkpoints:
 
 def keep_frame(run_dir, model, path, image_shape, epoch, epochs):
     """Keep what the network makes of the image at `path`, for at most 60 epochs."""
-    if path is None or epoch % -(-epochs // 60) and epoch != epochs:
+    if path is None or epoch % -(-epochs // 60) and epoch not in (1, epochs):
         return
     image = resize_image(read_image(path), image_shape).numpy()
     road = predict_road(model, image[None], image_shape)[0].numpy()
     frame = Image.fromarray(overlay(image, road))
-    ImageDraw.Draw(frame).text(
-        (5, 3), f"epoch {epoch}", stroke_width=1, stroke_fill="black"
-    )
+    style = {"font_size": 16, "stroke_width": 2, "stroke_fill": "black"}
+    ImageDraw.Draw(frame).text((6, 2), f"epoch {epoch}", **style)
     folder = run_dir / CHECKPOINTS / FRAMES
     folder.mkdir(exist_ok=True)
     frame.save(folder / f"{epoch:09}.png")
@@ -1142,7 +1185,7 @@ def chart(title, lines, best, log=False):
     """Return an SVG of {name: [(epoch, value), ...]} with `best`, an epoch, marked."""
     epochs, values = np.array([point for line in lines.values() for point in line]).T
     low, high, last = values.min(), values.max(), max(int(epochs.max()), 2)
-    nice = [m * 10.0**k for k in range(-7, 9) for m in (1, 2, 5)]
+    nice = [m * 10.0**k for k in range(-7, 39) for m in (1, 2, 5)]
     if log:
         low, high = np.clip((low, high), nice[0], nice[-2])
     else:
@@ -1172,8 +1215,7 @@ def chart(title, lines, best, log=False):
     ticks_x = range(1, last + 1, -(-last // 10))
     parts += [text(x(epoch), 248, "middle", epoch) for epoch in ticks_x]
     parts.append(f'<path class="best" d="M{x(best)} 40V232"/>')
-    side = "end" if best > last / 2 else "start"
-    parts.append(text(x(best), 52, side, f"&nbsp;best: {best}&nbsp;"))
+    parts.append(text(468, 31, "end", f"best: {best}"))
     for index, (name, line) in enumerate(lines.items()):
         points = [f"{x(epoch)},{y(value)}" for epoch, value in line]
         points = " ".join(points if len(points) > 1 else 2 * points)  # one is a dot
@@ -1222,7 +1264,8 @@ def report(run_dir, record):
         body.append('<figure><div class="grid">')
         for path in paths:
             with contextlib.suppress(OSError), Image.open(path) as image:
-                source = urllib.parse.quote(path.relative_to(run_dir).as_posix())
+                name = os.fsencode(path.relative_to(run_dir).as_posix())
+                source = urllib.parse.quote(name)
                 size = "width={} height={}".format(*image.size)
                 alt = html.escape(path.stem)
                 body.append(f'<img src="{source}" alt="{alt}" loading="lazy" {size}>')

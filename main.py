@@ -77,6 +77,7 @@ GROUPS = {  # of --help, by their first setting
     "weights": "use what was trained; with --epochs 0 it is scored",
     "submission": "submit to the benchmark",
 }
+SIZES = "image_height", "image_width"
 DEMO = "--epochs 6 --image-height 64 --image-width 192 --keep-prob 1 --vgg random"
 
 
@@ -112,7 +113,15 @@ def parse(argv):
         group.add_argument(flag(field.name), help=meaning, **how)
     given = vars(parser.parse_args(argv))
     before = DEMO.split() if "demo" in given else []
-    if "resume" in given:
+    if given.keys() & {"predict", "export"}:
+        allowed = {"weights", "predict", "export", "runs_dir", "batch_size", *SIZES}
+        if "weights" not in given or given.keys() - allowed:
+            parser.error("--predict and --export need --weights and few settings else")
+        if not given["weights"].is_file():
+            raise ProgramError(f"{given['weights']}: no file: name a best.weights.h5")
+        recorded = helper.read_run(given["weights"].parent)["config"]
+        before = [f"{flag(name)}={recorded[name]}" for name in SIZES]
+    elif "resume" in given:
         fixed = given.keys() - {"resume", "epochs", "data_dir", "runs_dir"}
         if fixed:
             parser.error(f"{flag(min(fixed))} is that of the run: leave it out")
@@ -121,12 +130,6 @@ def parse(argv):
                 before.append(flag(name))
             elif value is not None and value is not False:
                 before.append(f"{flag(name)}={value}")
-    if given.keys() & {"predict", "export"}:
-        if "weights" not in given:
-            parser.error("--predict and --export need --weights")
-        recorded = helper.read_run(given["weights"].parent)["config"]
-        sizes = "image_height", "image_width"
-        before = [f"{flag(name)}={recorded.get(name)}" for name in sizes]
     return Config(**vars(parser.parse_args(before + argv)))  # the last one counts
 
 

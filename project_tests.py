@@ -36,6 +36,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import h5py
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import keras
 import numpy as np
 import requests
@@ -448,6 +449,8 @@ class Data(Case):
             path = self.folder / "image.png"
             Image.new("L", (5, 4), 200).convert(mode).save(path)
             self.assertEqual(helper.read_image(path).shape, (4, 5, 3), mode)
+        Image.fromarray(np.full((4, 5), 200 * 257, np.uint16)).save(path)
+        self.assertEqual(np.unique(helper.read_image(path)).tolist(), [200])
 
     def test_a_file_that_is_no_image_is_named(self):
         path = self.folder / "image.png"
@@ -1958,6 +1961,26 @@ class Use(Program):
                 difference = frames[brightness // 8] - self.overlay(frame).astype(float)
                 self.assertLess(np.abs(difference).mean(), 12)
 
+    def test_a_video_of_varying_rate_keeps_its_length(self):
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi"]
+        command += ["-i", "testsrc=size=96x48:rate=1000:duration=3", "-fps_mode", "vfr"]
+        path = self.folder / "drive.webm"
+        select = "select='not(mod(n,100))*lt(n,1500)+not(mod(n,250))'"
+        subprocess.run([*command, "-vf", select, path], check=True)
+        expected = imageio_ffmpeg.count_frames_and_secs(str(path))
+        self.assertEqual(self.use("--predict", path)[0], 0)
+        ours = imageio_ffmpeg.count_frames_and_secs(str(self.out() / "drive.mp4"))
+        self.assertEqual(ours[0], expected[0])
+        self.assertAlmostEqual(ours[1], expected[1], delta=0.3)
+
+    def test_a_full_disk_leaves_no_half_picture(self):
+        full = OSError(28, "No space left on device")
+        with mock.patch.object(Path, "write_bytes", side_effect=full):
+            self.assertRaises(
+                OSError, helper.save_image, self.noise, self.folder / "x.png"
+            )
+        self.assertEqual(list(self.folder.glob("*x.png")), [])
+
     def test_what_cannot_be_used_is_refused_with_one_line(self):
         for path, said in (
             (self.folder / "none.mp4", "none.mp4: no such file"),
@@ -1966,6 +1989,11 @@ class Use(Program):
         ):
             self.assert_line(self.use("--predict", path), re.escape(said))
         self.assertEqual(list((self.folder / "out").glob("*")), [])
+        for setting in "--demo", "--epochs=3", "--resume=runs":
+            result = self.use("--predict", self.folder, setting)
+            self.assert_line(result, "need --weights and few settings else", 2)
+        result = self.call("--weights", self.folder, "--predict", self.folder)
+        self.assert_line(result, "no file: name a best.weights.h5")
         code, _, errors = self.call("--predict", self.folder)
         self.assertEqual(code, 2)
         self.assertIn("need --weights", errors)
@@ -1983,7 +2011,8 @@ class Use(Program):
         folder = self.folder / "saved"
         self.assertEqual(self.use("--export", folder)[0], 0)
         rng = np.random.default_rng(0)
-        for index, shape in enumerate([(2, 75, 131, 3), (1, 40, 50, 3)]):
+        shapes = (1, 60, 40, 3), (1, 300, 200, 3), (2, 75, 131, 3), (1, 800, 100, 3)
+        for index, shape in enumerate([*shapes, (5, 300, 200, 3)]):
             images = rng.integers(0, 256, shape, np.uint8)
             road = helper.predict_road(self.model, images, (32, 96))
             for name, tensor in ("images", tf.constant(images)), ("road", road):
@@ -1992,7 +2021,7 @@ class Use(Program):
         code = f"""
 import tensorflow as tf
 model = tf.saved_model.load({str(folder)!r})
-for index in "01":
+for index in "01234":
     images, expected = (
         tf.io.parse_tensor(tf.io.read_file({str(self.folder)!r} + name + index), kind)
         for name, kind in (("/images", tf.uint8), ("/road", tf.float32))
@@ -2117,7 +2146,7 @@ class Report(Program):
         for epoch in range(1, 122):
             helper.keep_frame(self.folder, model, path, (32, 96), epoch, 121)
         frames = sorted((self.folder / "checkpoint/frames").iterdir())
-        self.assertEqual(len(frames), 41)
+        self.assertEqual(len(frames), 42)
         self.assertEqual(frames[-1].stem, "000000121")
         for number in range(200, 300):
             frame = Image.new("RGB", (96, 32), (number - 100, 0, 0))
