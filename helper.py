@@ -1160,7 +1160,8 @@ def keep_frame(run_dir, model, path, image_shape, epoch, epochs):
     image = resize_image(read_image(path), image_shape).numpy()
     road = predict_road(model, image[None], image_shape)[0].numpy()
     frame = Image.fromarray(overlay(image, road))
-    style = {"font_size": 16, "stroke_width": 2, "stroke_fill": "black"}
+    size = max(frame.height // 10, 10)
+    style = {"font_size": size, "stroke_width": 2, "stroke_fill": "black"}
     ImageDraw.Draw(frame).text((6, 2), f"epoch {epoch}", **style)
     folder = run_dir / CHECKPOINTS / FRAMES
     folder.mkdir(exist_ok=True)
@@ -1301,7 +1302,9 @@ def report(run_dir, record):
         body.append("</div>")
     if (run_dir / "progress.gif").exists():
         body.append("<h2>One image through the epochs</h2>")
+        body.append('<div style="max-width: 36rem">')
         figure("", run_dir / "progress.gif")
+        body.append("</div>")
     if record["holdout"]:
         body.append("<h2>Hold-out, from worst to best</h2><p>IoU at 0.5, at own size.")
         for words, colour in ("missed road", MISSED), ("false road", FALSE):

@@ -449,7 +449,7 @@ class Data(Case):
             path = self.folder / "image.png"
             Image.new("L", (5, 4), 200).convert(mode).save(path)
             self.assertEqual(helper.read_image(path).shape, (4, 5, 3), mode)
-        Image.fromarray(np.full((4, 5), 200 * 257, np.uint16)).save(path)
+        Image.fromarray(np.full((4, 5), 200 * 257 + 99, np.uint16)).save(path)
         self.assertEqual(np.unique(helper.read_image(path)).tolist(), [200])
 
     def test_a_file_that_is_no_image_is_named(self):
@@ -1974,11 +1974,14 @@ class Use(Program):
         self.assertAlmostEqual(ours[1], expected[1], delta=0.3)
 
     def test_a_full_disk_leaves_no_half_picture(self):
-        full = OSError(28, "No space left on device")
-        with mock.patch.object(Path, "write_bytes", side_effect=full):
-            self.assertRaises(
-                OSError, helper.save_image, self.noise, self.folder / "x.png"
-            )
+        def half(path, content):
+            with path.open("wb") as file:
+                file.write(content[:100])
+            raise OSError(28, "No space left on device")
+
+        self.patch(Path, "write_bytes", half)
+        with self.assertRaises(OSError):
+            helper.save_image(self.noise, self.folder / "x.png")
         self.assertEqual(list(self.folder.glob("*x.png")), [])
 
     def test_what_cannot_be_used_is_refused_with_one_line(self):
