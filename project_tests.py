@@ -1271,6 +1271,15 @@ class Run(Program):
         self.assertEqual(weights[0], weights[1])
         self.assertNotEqual(losses[0], losses[2])
 
+    def test_deterministic_ops_are_asked_for_and_their_cost_is_told(self):
+        with mock.patch.object(tf.config.experimental, "enable_op_determinism") as ask:
+            self.assertEqual(self.main("--epochs", 0)[0], 0)
+            ask.assert_not_called()
+            output = self.main("--epochs", 0, "--deterministic")[1]
+            ask.assert_called_once_with()
+        self.assertIn("deterministic: the same bits on every run, at a lower", output)
+        self.assertTrue(self.record()["config"]["deterministic"])
+
     def test_runs_of_one_second_do_not_collide(self):
         self.patch(helper.time, "strftime", lambda form: "20261122-141500")
         for _ in range(3):
