@@ -395,10 +395,10 @@ def find_images(data_dir, holdout_fraction, batch_size, submission=False):
         read_homography(image)
     missing = [path for path in tests if submission and read_homography(path) is None]
     if missing or submission and not tests:
-        names = ", ".join(f"{path.stem}.txt" for path in missing) or "test images"
+        first = f"{missing[0].stem}.txt" if missing else "test images"
         raise ProgramError(
-            f"{data_dir / 'data_road/testing'} has no {names}: add what is missing, or "
-            "leave --submission out"
+            f"{data_dir / 'data_road/testing'} has no {first} ({len(missing)} of "
+            f"{len(tests)} are missing): add them, or leave --submission out"
         )
     return training, holdout, tests
 

@@ -1567,7 +1567,7 @@ class Score(Program):
         )
         self.assertLessEqual(np.abs(np.asarray(view) - expected.astype(int)).max(), 1)
         (path.parent.parent / "calib" / "uu_000000.txt").unlink()
-        said = "testing has no uu_000000.txt: add"
+        said = "testing has no uu_000000.txt .1 of 3 are missing.: add"
         self.assert_refused(1, "--submission", said=said)
         self.assertEqual(len(self.run_dirs()), 1)
 
