@@ -100,20 +100,25 @@ def flush(path):
         os.fsync(file.fileno())
 
 
-def put(part, path):
-    """Rename the finished file `part` to `path`."""
-    flush(part)
-    os.replace(part, path)
+@contextlib.contextmanager
+def written(path):
+    """Yield where to build the file or folder that replaces `path` at the end."""
+    with beside(path) as part:
+        yield part
+        if part.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            flush(part)
+        os.replace(part, path)
 
 
 def save_image(pixels, path):
-    """Write uint8 (H, W, 3) or (H, W) as PNG or JPEG, by the name: all of it or none."""
+    """Write uint8 (H, W, 3) or (H, W) as PNG or JPEG, by the name; all or nothing."""
     content = io.BytesIO()  # Pillow would not notice a disk that is full
     kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
     Image.fromarray(pixels).save(content, kind, compress_level=3, quality=92)
-    with beside(path) as part:
+    with written(path) as part:
         part.write_bytes(content.getvalue())
-        put(part, path)
 
 
 def ahead(task, items):
@@ -649,7 +654,7 @@ def predict_road(model, images, image_shape):
 
 
 def overlay(image, road):
-    """Tint uint8 `image` (H, W, 3) green where the probability `road` is at least 0.5."""
+    """Tint uint8 `image` (H, W, 3) green where the probability is at least 0.5."""
     green = (image.astype(np.uint16) + (0, 255, 0)) // 2
     return np.where(road[..., None] >= 0.5, green, image).astype(np.uint8)
 
@@ -749,7 +754,7 @@ def predict(run_dir, model, path, image_shape, batch_size):
         done, target = 0, run_dir / f"{path.stem}.mp4"
         options = {"format": "FFMPEG", "fps": rate, "ffmpeg_log_level": "quiet"}
         frames = segment(model, ((path, frame) for frame in reader), *inference)
-        with beside(target) as part:
+        with written(target) as part:
             try:
                 with imageio.get_writer(part, **options, **sized) as video:
                     for _, image, road in tqdm(frames, "frames", count, disable=None):
@@ -760,7 +765,6 @@ def predict(run_dir, model, path, image_shape, batch_size):
                     f"{target}: ffmpeg gave up at frame {done}: make room, or set "
                     "--runs-dir"
                 ) from error
-            put(part, target)
         if done < count:
             broken.append(f"{path} ends after frame {done}")
     total = time.perf_counter() - start
@@ -782,12 +786,11 @@ def export(model, folder, image_shape):
 
     module = tf.Module()
     module.model, module.serve = model, predictor(model, image_shape)
-    with beside(folder) as part:
+    with written(folder) as part:
         try:
             tf.saved_model.save(module, part, signatures=module.serve)
         except tf.errors.OpError as error:
             raise ProgramError(f"{folder}: {error.message}: make room") from error
-        os.replace(part, folder)
 
 
 # ------------------------------------------------------------------------ scores
@@ -882,7 +885,7 @@ def score_holdout(run_dir, model, holdout, image_shape, batch_size):
     images = [image for image, _ in holdout]
     samples = gen_test_output(model, images, image_shape, batch_size)
     samples = tqdm(samples, "scoring", len(images), unit="image", disable=None)
-    with beside(run_dir / "holdout") as part, beside(run_dir / "errors") as errors:
+    with written(run_dir / "holdout") as part, written(run_dir / "errors") as errors:
         part.mkdir()
         errors.mkdir()
         for (image, pixels, road), (_, label_path) in zip(samples, holdout):
@@ -906,9 +909,6 @@ def score_holdout(run_dir, model, holdout, image_shape, batch_size):
                 for kind in category(image), "urban":
                     counts[plane][kind].append(confidence_histogram(*pair).numpy())
             each[image.stem] = scores(counts["image"]["urban"][-1])["IoU50"]
-        for new, old in (part, run_dir / "holdout"), (errors, run_dir / "errors"):
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(new, old)
     pooled = {
         plane: {
             kind: {"images": len(parts), **scores(np.sum(parts, axis=0))}
@@ -1014,9 +1014,8 @@ def write_run(run_dir, record):
     """Write `record` as run.json, and the report on it."""
     text = json.dumps(record, indent=1, allow_nan=False, default=str)
     for name, content in ("run.json", text), ("index.html", report(run_dir, record)):
-        with beside(run_dir / name) as part:
+        with written(run_dir / name) as part:
             part.write_text(content, "utf-8", "replace")
-            put(part, run_dir / name)
 
 
 def write_epoch(run_dir, record, epoch, state):
@@ -1029,7 +1028,7 @@ def write_epoch(run_dir, record, epoch, state):
 
 
 def best_epoch(history):
-    """Return the epoch of the highest MaxF; without a hold-out the last; None of none."""
+    """Return the epoch of the highest MaxF; without a hold-out the last, or None."""
     keys = [(epoch.get("MaxF", epoch["epoch"]), -epoch["epoch"]) for epoch in history]
     return -max(keys)[1] if keys else None
 
@@ -1046,13 +1045,12 @@ def write_weights(run_dir, state):
     need_space(run_dir, 4 * state.model.count_params() + 10**6, "saving the weights")
     variables = state.model.trainable_variables
     current = [variable.numpy() for variable in variables]
-    with beside(run_dir / WEIGHTS) as part:
+    with written(run_dir / WEIGHTS) as part:
         try:
             copy_weights(variables, state.best)
             state.model.save_weights(part)
         finally:
             copy_weights(variables, current)
-        put(part, run_dir / WEIGHTS)
 
 
 def find_checkpoints(run_dir):
@@ -1140,8 +1138,8 @@ class Checkpoints:
             self.state.write(str(path))
         except tf.errors.OpError as error:
             raise ProgramError(
-                f"{path}: {error.message}: the checkpoint before it is kept; make room, "
-                "then resume"
+                f"{path}: {error.message}: the checkpoint before it is kept; make "
+                "room, then resume"
             ) from error
         for file in self.folder.glob(f"{path.name}.*"):
             flush(file)
@@ -1174,12 +1172,11 @@ def write_progress(run_dir):
     every = -(-len(paths) // 60) or 1
     paths = paths[::-1][::every][::-1]  # with the last
     if paths:
-        with beside(run_dir / "progress.gif") as part:
+        with written(run_dir / "progress.gif") as part:
             frames = [Image.open(path).convert("RGB") for path in paths]
             durations = [400] * (len(frames) - 1) + [2500]  # ms
             rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
             frames[0].save(part, duration=durations, **rest)
-            put(part, run_dir / "progress.gif")
 
 
 def chart(title, lines, best, log=False):
@@ -1230,9 +1227,11 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root {{ color-scheme: light dark; --line0: #0a6; --line1: #d60 }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto;
+  padding: 1rem }}
 h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.2rem; margin-top: 2rem }}
-img, svg {{ max-width: 100%; height: auto; display: block }} .grid > img, svg {{ width: 100% }}
+img, svg {{ max-width: 100%; height: auto; display: block }}
+.grid > img, svg {{ width: 100% }}
 .wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: .9rem }}
 td {{ text-align: right; padding: .15rem .6rem; border-bottom: 1px solid #8886 }}
 td:first-child {{ text-align: left }} figure {{ margin: 0 0 1rem }}
@@ -1240,7 +1239,8 @@ figcaption {{ font-size: .9rem; overflow-wrap: anywhere }}
 div.grid {{ display: grid; gap: .5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }}
 svg text {{ font-size: 12px; fill: currentColor }} svg .title {{ font-weight: bold }}
-.end {{ text-anchor: end }} .middle {{ text-anchor: middle }} path.grid {{ stroke: #8885 }}
+.end {{ text-anchor: end }} .middle {{ text-anchor: middle }}
+path.grid {{ stroke: #8885 }}
 .best {{ stroke: currentColor; stroke-dasharray: 4 3 }}
 polyline {{ fill: none; stroke-width: 2; stroke-linecap: round }}
 .line0 {{ stroke: var(--line0) }} .line1 {{ stroke: var(--line1) }}

@@ -115,8 +115,10 @@ def parse(argv):
     before = DEMO.split() if "demo" in given else []
     if given.keys() & {"predict", "export"}:
         allowed = {"weights", "predict", "export", "runs_dir", "batch_size", *SIZES}
-        if "weights" not in given or given.keys() - allowed:
-            parser.error("--predict and --export need --weights and few settings else")
+        if "weights" not in given:
+            parser.error("--predict and --export need --weights")
+        if idle := given.keys() - allowed:
+            parser.error(f"{flag(min(idle))} does not go with --predict or --export")
         if not given["weights"].is_file():
             raise ProgramError(f"{given['weights']}: no file: name a best.weights.h5")
         recorded = helper.read_run(given["weights"].parent)["config"]
@@ -274,9 +276,9 @@ def optimize(
     valid pixels plus the L2 term and returns both and the gradient's norm, (3,)
     float32. `vgg_variables` learn at `vgg_learning_rate`, the decoder at
     `learning_rate`. Rates rise in a line over the first of `epochs` of `steps`, then
-    fall in a half cosine to 0; the gradient is clipped to norm 1. Beside what train_step changes the
-    state has what train_nn counts: `epoch`, those that are over, `totals` of the one
-    that is not (loss, L2, gradient norm, seconds), and the `best` weights.
+    fall in a half cosine to 0; the gradient is clipped to norm 1. The state has also
+    what train_nn counts, `epoch`, those that are over, and `totals` of the one that is
+    not (loss, L2, gradient norm, seconds), and the `best` weights.
     """
     schedule = keras.optimizers.schedules.CosineDecay(
         learning_rate / steps,

@@ -2003,7 +2003,7 @@ class Use(Program):
         self.assertEqual(list((self.folder / "out").glob("*")), [])
         for setting in "--demo", "--epochs=3", "--resume=runs":
             result = self.use("--predict", self.folder, setting)
-            self.assert_line(result, "need --weights and few settings else", 2)
+            self.assert_line(result, f"{setting.partition('=')[0]} does not go with", 2)
         result = self.call("--weights", self.folder, "--predict", self.folder)
         self.assert_line(result, "no file: name a best.weights.h5")
         code, _, errors = self.call("--predict", self.folder)
