@@ -1165,6 +1165,7 @@ class Program(Case):
         with (
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(errors),
+            mock.patch.object(os, "write"),  # what a signal's handler says
             warnings.catch_warnings(action="ignore"),  # unittest shows Keras's own
         ):
             try:
