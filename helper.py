@@ -394,8 +394,9 @@ def find_images(data_dir, holdout_fraction, batch_size, submission=False):
         print("no hold-out: no scores, and the last weights count as the best")
     tests = sorted((data_dir / "data_road/testing/image_2").glob("[!.]*.png"))
     for path in tests:  # now, not after hours of training
-        with blaming(path, "a readable image", "replace or remove it"):
-            Image.open(path).verify()
+        unreadable = blaming(path, "a readable image", "replace or remove it")
+        with unreadable, Image.open(path) as image:
+            image.verify()
     for image, _ in holdout:
         read_homography(image)
     missing = [path for path in tests if submission and read_homography(path) is None]

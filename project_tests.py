@@ -1163,10 +1163,10 @@ class Program(Case):
     def call(self, *command):
         output, errors = io.StringIO(), io.StringIO()
         with (
+            warnings.catch_warnings(action="ignore"),  # unittest shows Keras's own
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(errors),
             mock.patch.object(os, "write"),  # what a signal's handler says
-            warnings.catch_warnings(action="ignore"),  # unittest shows Keras's own
         ):
             try:
                 code = main.main([str(part) for part in command])
