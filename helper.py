@@ -990,6 +990,8 @@ def run_folder(runs_dir, resume, facts):
     with locked(run_dir / CHECKPOINTS / "run", wait=False):
         if resume:
             record = read_run(run_dir)
+            if record["finished"]:  # while this program looked at the data
+                raise ProgramError(f"{run_dir} is finished: nothing to go on with")
             if record["data"] != facts["data"]:
                 raise ProgramError(
                     f"{run_dir} was begun with {record['data']} images, here are "
@@ -1077,6 +1079,7 @@ class Checkpoints:
         self.run_dir, self.record, self.state = run_dir, record, state
         self.folder = run_dir / CHECKPOINTS
         self.saved_at, self.saved, self.last = time.monotonic(), None, 0
+        self.best = None  # the epoch of best.weights.h5
         if set("*?[") & set(str(run_dir)):
             raise ProgramError(
                 f"{run_dir}: TensorFlow finds no checkpoint where * ? or [ is in the "
@@ -1090,6 +1093,12 @@ class Checkpoints:
         for path in self.folder.glob("ckpt-*"):
             if path.name.partition(".")[0] not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def write_best(self):
+        """Write the best weights, unless it is they that are there."""
+        if self.best != self.record["best_epoch"]:
+            write_weights(self.run_dir, self.state)
+            self.best = self.record["best_epoch"]
 
     def restore(self, steps):
         """Restore the newest checkpoint that is whole, for a run of `steps` steps."""
@@ -1120,8 +1129,7 @@ class Checkpoints:
         for frame in (self.folder / FRAMES).glob("*.png"):
             if int(frame.stem) > epoch:
                 frame.unlink()
-        if epoch:
-            write_weights(self.run_dir, self.state)
+        self.write_best()
         write_run(self.run_dir, self.record)
 
     def save(self, seconds=0):
@@ -1129,8 +1137,7 @@ class Checkpoints:
         progress = int(self.state.step), int(self.state.epoch)
         if progress == self.saved or time.monotonic() - self.saved_at < seconds:
             return
-        if self.record["history"]:
-            write_weights(self.run_dir, self.state)
+        self.write_best()
         write_progress(self.run_dir)
         size = 16 * self.state.model.count_params()
         need_space(self.folder, size + 10**6, "a checkpoint")
@@ -1164,7 +1171,7 @@ def keep_frame(run_dir, model, path, image_shape, epoch, epochs):
     ImageDraw.Draw(frame).text((6, 2), f"epoch {epoch}", **style)
     folder = run_dir / CHECKPOINTS / FRAMES
     folder.mkdir(exist_ok=True)
-    frame.save(folder / f"{epoch:09}.png")
+    save_image(np.asarray(frame), folder / f"{epoch:09}.png")
 
 
 def write_progress(run_dir):

@@ -114,10 +114,10 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     before = DEMO.split() if "demo" in given else []
     if given.keys() & {"predict", "export"}:
-        allowed = {"weights", "predict", "export", "runs_dir", "batch_size", *SIZES}
         if "weights" not in given:
             parser.error("--predict and --export need --weights")
-        if idle := given.keys() - allowed:
+        useful = {"weights", "predict", "export", "runs_dir", "batch_size", *SIZES}
+        if idle := given.keys() - useful:
             parser.error(f"{flag(min(idle))} does not go with --predict or --export")
         if not given["weights"].is_file():
             raise ProgramError(f"{given['weights']}: no file: name a best.weights.h5")
@@ -461,11 +461,11 @@ def run(config):
         print("deterministic: the same bits on every run, at a lower speed on a GPU")
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
-    data_dir, vgg_path = config.data_dir, config.vgg
+    data_dir = config.data_dir
     restored = config.resume and helper.find_checkpoints(config.resume)
-    if restored:
-        vgg_path = "random"  # for what is restored then
-    named = vgg_path if restored else config.weights or vgg_path
+    weights = None if restored else config.weights
+    vgg_path = "random" if restored or weights else config.vgg  # until replaced
+    named = weights or vgg_path
     if named not in ("downloaded", "random") and not Path(named).is_file():
         raise ProgramError(f"{named}: not a file: correct --weights or --vgg")
     if config.demo:
@@ -474,9 +474,7 @@ def run(config):
         helper.maybe_draw_kitti_road(data_dir)
     else:
         helper.maybe_download_kitti_road(data_dir)
-    if config.weights:
-        vgg_path = "random"  # likewise
-    elif vgg_path == "downloaded":
+    if vgg_path == "downloaded":
         vgg_path = helper.maybe_download_pretrained_vgg(config.data_dir)
     split = helper.find_images(
         data_dir, config.holdout_fraction, config.batch_size, config.submission
@@ -499,8 +497,8 @@ def run(config):
     with helper.run_folder(config.runs_dir, config.resume, facts) as (run_dir, record):
         image_input, *pools = load_vgg(vgg_path, config.keep_prob)
         model = keras.Model(image_input, layers(*pools, len(CLASSES), config.l2))
-        if config.weights and not restored:
-            load_weights(model, config.weights)
+        if weights:
+            load_weights(model, weights)
         vgg_variables = keras.Model(image_input, pools).trainable_variables
         train_step, state = optimize(model, vgg_variables, *rates, epochs, steps, seed)
         kept = 3 - len(restored or ()) if epochs else 0  # two, and a new one

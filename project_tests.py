@@ -1768,8 +1768,14 @@ class Resume(Program):
             return evaluate(*arguments)
 
         self.patch(main, "evaluate", count)
-        self.assertEqual(self.main("--epochs", 5, "--checkpoint-minutes", 0)[0], 0)
+        with mock.patch.object(helper, "write_weights") as write:
+            self.assertEqual(self.main("--epochs", 5, "--checkpoint-minutes", 0)[0], 0)
         self.assertEqual(kept, [0, 1, 2, 2, 2])
+        best = [epoch["MaxF"] for epoch in self.record()["history"]]
+        better = sum(
+            value > max(best[:at], default=-1) for at, value in enumerate(best)
+        )
+        self.assertEqual(write.call_count, better)
         kept.clear()
         self.assertEqual(self.main("--epochs", 5)[0], 0)  # every 5 minutes
         self.assertEqual(kept, [0] * 5)
@@ -1805,6 +1811,10 @@ class Resume(Program):
         self.assertIn(f"is finished; its weights are {run_dir}/best", output)
         after = [(path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")]
         self.assertEqual(before, after)
+        record = (run_dir / "run.json").read_bytes()
+        self.patch(helper, "is_finished", lambda run_dir: False)  # as seen a while ago
+        self.assert_line(self.resume(), "is finished: nothing to go on with")
+        self.assertEqual((run_dir / "run.json").read_bytes(), record)
 
     def test_a_run_keeps_its_settings(self):
         rate = ["--learning-rate", "0.00123", "--keep-prob", "0.7", "--submission"]
