@@ -20,6 +20,7 @@ import time
 import urllib.parse
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import imageio.v2 as imageio
 import imageio_ffmpeg  # comes with imageio[ffmpeg]
@@ -70,8 +71,13 @@ def blaming(path, what, advice):
     except (MemoryError, tf.errors.ResourceExhaustedError, ProgramError):
         raise
     except Exception as error:  # decoders raise what they like
-        reason = str(error).partition("\n")[0][:200]
+        reason = first_line(error)
         raise ProgramError(f"{path}: not {what} ({reason}): {advice}") from error
+
+
+def first_line(error):
+    """Return the first line of an error's message, not too long."""
+    return str(error).strip().partition("\n")[0][:200]
 
 
 @contextlib.contextmanager
@@ -458,14 +464,12 @@ def batch_rows(step, count, batch_size, seed):
     return order[step % steps_per_epoch * batch_size :][:batch_size]
 
 
-def augment(images, labels, seed):
+def augment(images, labels, draws):
     """Flip half of the images, with their labels, and jitter contrast and brightness.
 
-    Images (B, H, W, 3) uint8, labels (B, H, W) uint8; `seed` is a pair of integers.
+    Images (B, H, W, 3) uint8, labels (B, H, W) uint8; `draws` (3, B) in [0, 1).
     """
-    flip, contrast, brightness = tf.unstack(
-        tf.random.stateless_uniform((3, tf.shape(images)[0], 1, 1, 1), seed)
-    )
+    flip, contrast, brightness = tf.unstack(draws[..., None, None, None])
     both = tf.concat([images, labels[..., None]], axis=-1)  # flipped as one
     both = tf.where(flip < 0.5, both[:, :, ::-1], both)
     x, labels = tf.cast(both[..., :3], tf.float32), both[..., 3]
@@ -474,51 +478,96 @@ def augment(images, labels, seed):
     return tf.saturate_cast(tf.round(x), tf.uint8), labels
 
 
-def gen_batch_function(samples, image_shape, seed=0):
+def free_memory():
+    """Return the bytes of memory that can still be had, infinity if none can tell."""
+    limits = [np.inf]
+    with contextlib.suppress(OSError):
+        text = Path("/proc/meminfo").read_text()
+        limits.append(1024 * int(text.partition("MemAvailable:")[2].split()[0]))
+    with contextlib.suppress(OSError, ValueError):  # a container's; "max" is none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
+
+
+def gen_batch_function(samples, image_shape, strategy, seed=0):
     """Decode and resize `samples` once; return get_batches_fn and names over them.
 
     names(batch_size, step) lists a training step's files. get_batches_fn(batch_size,
-    steps) is a tf.data.Dataset of images (B, H, W, 3) uint8, labels (B, H, W) uint8 and
-    weights (B,) float32: a valid pixel's share of the batch's loss. With `steps`, a
-    range, it gives those training steps, shuffled and augmented; without, every sample
-    once, as it is, in order.
+    steps) is a dataset of images (B, H, W, 3) uint8, labels (B, H, W) uint8 and weights
+    (B,) float32: a valid pixel's share of the batch's loss. With `steps`, a range, it
+    gives those training steps, shuffled and augmented; without, every sample once, as
+    it is, in order. Each replica of `strategy` gets an equal part of a batch, filled up
+    with void images of weight 0. Raises ProgramError for a set that does not fit into memory.
     """
-    images = np.empty((len(samples), *image_shape, 3), np.uint8)
-    labels = np.empty((len(samples), *image_shape), np.uint8)
+    count = len(samples)
+    size, free = 4 * count * np.prod(image_shape, dtype=float), free_memory()
+    if size > free:
+        raise ProgramError(
+            f"{count} images of {image_shape[1]}x{image_shape[0]} take "
+            f"{size / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free: lower "
+            "--image-height and --image-width, or use fewer images"
+        )
+    with tf.device("CPU"):  # variables: each dataset would copy a constant
+        images = tf.Variable(tf.zeros((count, *image_shape, 3), tf.uint8))
+        labels = tf.Variable(tf.zeros((count, *image_shape), tf.uint8))
+    valid = np.zeros(count, np.float32)  # pixels
 
     def decode(row):
         image, label = read_image(samples[row][0]), read_label(samples[row][1])
         check_size(samples[row][1], label, image)
         with tf.device("CPU"):  # a scope holds for its own thread only
-            images[row] = resize_image(image, image_shape)
-            labels[row] = resize_label(label, image_shape)
+            label = resize_label(label, image_shape)
+            image = resize_image(image, image_shape)
+            images.scatter_update(tf.IndexedSlices(image[None], [row]))
+            labels.scatter_update(tf.IndexedSlices(label[None], [row]))
+        valid[row] = np.count_nonzero(label != VOID)
 
-    in_parallel(decode, range(len(samples)), "decoding")
-    with tf.device("CPU"):
-        images, labels = tf.constant(images), tf.constant(labels)
+    in_parallel(decode, range(count), "decoding")
 
     def get_batches_fn(batch_size, steps=None):
-        def batch(rows):
-            return tf.gather(images, rows), tf.gather(labels, rows)
+        training = steps is not None
+        if not training:
+            batch_size = min(batch_size, max(count, 1))
+            steps = range(-(-count // batch_size))
 
-        def training_batch(step):
-            rows = batch_rows(step, len(samples), batch_size, seed)
-            return augment(*batch(rows), [seed, step])
+        def shares(context):
+            """Return the dataset of a worker: what its replicas get, one by one."""
+            replicas = context.num_replicas_in_sync
+            local = replicas // context.num_input_pipelines
+            first = local * context.input_pipeline_id
+            size = -(-batch_size // replicas)
 
-        def weigh(images, labels):
-            valid = tf.math.count_nonzero(labels != VOID, dtype=tf.float32)
-            weight = tf.math.divide_no_nan(1.0, valid)
-            return images, labels, tf.repeat(weight, tf.shape(labels)[0])
+            def share(index):
+                step, replica = index // local, first + index % local
+                if training:
+                    rows = batch_rows(step, count, batch_size, seed)
+                else:
+                    rows = tf.range(count)[step * batch_size :][:batch_size]
+                pixels = tf.reduce_sum(tf.gather(valid, rows))
+                weight = tf.math.divide_no_nan(1.0, pixels)
+                places = replica * size + tf.range(size, dtype=tf.int64)
+                real = places < tf.size(rows, tf.int64)
+                places = tf.where(real, places, 0)
+                rows = tf.gather(rows, places)
+                x, y = tf.gather(images, rows), tf.gather(labels, rows)
+                if training:
+                    draws = tf.random.stateless_uniform((3, batch_size), [seed, step])
+                    x, y = augment(x, y, tf.gather(draws, places, axis=1))
+                y = tf.where(real[:, None, None], y, VOID)
+                return x, y, tf.where(real, weight, 0)
 
-        if steps is None:
-            dataset = tf.data.Dataset.range(len(samples)).batch(batch_size).map(batch)
-        else:
-            dataset = tf.data.Dataset.range(steps.start, steps.stop)
-            dataset = dataset.map(training_batch, tf.data.AUTOTUNE)
-        return dataset.map(weigh).prefetch(tf.data.AUTOTUNE)
+            dataset = tf.data.Dataset.range(steps.start * local, steps.stop * local)
+            dataset = dataset.map(share, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+            if replicas == 1:  # several fetch to their devices themselves
+                gpus, cpus = map(tf.config.list_logical_devices, ("GPU", "CPU"))
+                device = [*gpus, *cpus][0].name
+                dataset = dataset.apply(tf.data.experimental.prefetch_to_device(device))
+            return dataset
+
+        return strategy.distribute_datasets_from_function(shares)
 
     def names(batch_size, step):
-        rows = batch_rows(step, len(samples), batch_size, seed)
+        rows = batch_rows(step, count, batch_size, seed)
         return [samples[row][0].name for row in rows]
 
     return get_batches_fn, names
@@ -975,14 +1024,17 @@ def new_folder(runs_dir):
 
 
 @contextlib.contextmanager
-def run_folder(runs_dir, resume, facts):
+def run_folder(runs_dir, resume, facts, chief=True):
     """Make a run's folder, or take up `resume`; yield it and what run.json holds.
 
     `facts` are the run's settings, device and data. `finished` is written, and the
     checkpoints go, only once the caller is through; if it fails before there is
-    anything to show, a new folder goes again. Raises ProgramError while another
-    program is at work there.
+    anything to show, a new folder goes again. Of several workers only the `chief`
+    writes. Raises ProgramError while another program is at work there.
     """
+    if not chief:
+        yield resume or runs_dir, read_run(resume) if resume else {}
+        return
     run_dir = resume or new_folder(runs_dir)
     packages = ("tensorflow", "keras", "numpy", "imageio", "pillow")
     facts["versions"] = {name: importlib.metadata.version(name) for name in packages}
@@ -1075,8 +1127,9 @@ class Checkpoints:
     There is no list of them: the files count, as a list can be damaged.
     """
 
-    def __init__(self, run_dir, record, state):
+    def __init__(self, run_dir, record, state, chief=True):
         self.run_dir, self.record, self.state = run_dir, record, state
+        self.chief = chief  # of several workers only this one writes
         self.folder = run_dir / CHECKPOINTS
         self.saved_at, self.saved, self.last = time.monotonic(), None, 0
         self.best = None  # the epoch of best.weights.h5
@@ -1085,7 +1138,8 @@ class Checkpoints:
                 f"{run_dir}: TensorFlow finds no checkpoint where * ? or [ is in the "
                 "path: name another --runs-dir"
             )
-        self.clean()
+        if chief:
+            self.clean()
 
     def clean(self):
         """Remove all but the newest two, with what a kill left half written."""
@@ -1123,6 +1177,8 @@ class Checkpoints:
                 f"{self.run_dir} is at step {step} of --epochs' {steps}: raise --epochs"
             )
         print(f"resumed at step {step} of {steps}")
+        if not self.chief:
+            return
         self.record["resumed"].append(step)
         self.record["history"] = self.record["history"][:epoch]
         self.record["best_epoch"] = best_epoch(self.record["history"])
@@ -1135,7 +1191,9 @@ class Checkpoints:
     def save(self, seconds=0):
         """Write the best weights and a checkpoint, if the last is `seconds` old."""
         progress = int(self.state.step), int(self.state.epoch)
-        if progress == self.saved or time.monotonic() - self.saved_at < seconds:
+        if not self.chief or progress == self.saved:
+            return
+        if time.monotonic() - self.saved_at < seconds:
             return
         self.write_best()
         write_progress(self.run_dir)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -32,6 +33,7 @@ CLASSES = ["background", "road"]
 # ------------------------------------------------------------------------ config
 
 SIDE = "a multiple of 32 in [32, 65536]"
+PRECISIONS = "auto, float32, bfloat16 or float16"
 ALLOWED = {
     "anything": lambda value: True,
     "in [0, 2^31)": lambda value: 0 <= value < 2**31,
@@ -40,6 +42,7 @@ ALLOWED = {
     "in [0.01, 1]": lambda value: 0.01 <= value <= 1,
     "in [1e-9, 1]": lambda value: 1e-9 <= value <= 1,
     SIDE: lambda value: value in range(32, 65537, 32),
+    PRECISIONS: lambda value: value in PRECISIONS.replace(",", "").split(),
 }
 
 
@@ -59,6 +62,8 @@ class Config:
     holdout_fraction: Annotated[float, "in [0, 1)", "share kept for scoring"] = 0.1667
     seed: Annotated[int, "in [0, 2^31)", "of weights, order, jitter and dropout"] = 0
     deterministic: Annotated[bool, "anything", "same bits on a GPU, slower"] = False
+    precision: Annotated[str, PRECISIONS, "of the encoder"] = "auto"
+    xla: Annotated[bool, "anything", "compile the step, on one GPU"] = False
     vgg: Annotated[str, "anything", "VGG-16 weight file, or random"] = "downloaded"
     data_dir: Annotated[Path, "anything", "where data and VGG-16 are"] = Path("data")
     runs_dir: Annotated[Path, "anything", "where runs write"] = Path("runs")
@@ -107,7 +112,7 @@ def parse(argv):
         allowed, meaning = hints[field.name].__metadata__
         how = {"action": "store_true"}
         if kind is not bool:
-            metavar = {int: "N", float: "X"}.get(kind, "PATH")
+            metavar = {int: "N", float: "X", str: "NAME"}.get(kind, "PATH")
             how = {"type": checked(kind, allowed), "metavar": metavar}
             meaning += f" ({field.default})" if field.default is not None else ""
         group.add_argument(flag(field.name), help=meaning, **how)
@@ -116,7 +121,8 @@ def parse(argv):
     if given.keys() & {"predict", "export"}:
         if "weights" not in given:
             parser.error("--predict and --export need --weights")
-        useful = {"weights", "predict", "export", "runs_dir", "batch_size", *SIZES}
+        useful = {"weights", "predict", "export", "runs_dir", "batch_size"}
+        useful |= {"precision", *SIZES}
         if idle := given.keys() - useful:
             parser.error(f"{flag(min(idle))} does not go with --predict or --export")
         if not given["weights"].is_file():
@@ -186,9 +192,13 @@ def load_vgg(vgg_path, keep_prob):
 def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
     """Return the FCN-8s logits (B, H, W, num_classes) of VGG's pool3, pool4 and fc7.
 
-    Every kernel carries the L2 term l2 * sum(w^2).
+    Every kernel carries the L2 term l2 * sum(w^2). Computes in float32, whatever the
+    precision of the pools.
     """
-    decay = {"kernel_regularizer": keras.regularizers.L2(l2)}
+    decay = {"kernel_regularizer": keras.regularizers.L2(l2), "dtype": "float32"}
+    layer3_out, layer4_out = (
+        keras.ops.cast(x, "float32") for x in (layer3_out, layer4_out)
+    )
     normal = keras.initializers.RandomNormal(stddev=0.01)
 
     def score(x, name):
@@ -249,26 +259,38 @@ class Adam(keras.optimizers.Adam):
 
     factors = ()
 
-    def update_step(self, gradient, variable, learning_rate):
-        # the fused kernel: Keras's own update makes ten copies of fc6's 411 MB
-        index = self._get_variable_index(variable)
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        # The fused kernel, in place of ten copies of fc6's 411 MB; and each replica
+        # updates its own copy, as the gradients are summed already.
         step = tf.cast(self.iterations + 1, tf.float32)
-        tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle,
-            m=self._momentums[index].value.handle,
-            v=self._velocities[index].value.handle,
-            beta1_power=self.beta_1**step,
-            beta2_power=self.beta_2**step,
-            lr=learning_rate * self.factors[index],
-            beta1=self.beta_1,
-            beta2=self.beta_2,
-            epsilon=self.epsilon,
-            grad=gradient,
-        )
+        moments = self._momentums, self._velocities
+        parts = zip(grads, trainable_variables, *moments, self.factors, strict=True)
+        for gradient, variable, m, v, factor in parts:
+            tf.raw_ops.ResourceApplyAdam(
+                var=variable.value.handle,
+                m=m.value.handle,
+                v=v.value.handle,
+                beta1_power=self.beta_1**step,
+                beta2_power=self.beta_2**step,
+                lr=learning_rate * factor,
+                beta1=self.beta_1,
+                beta2=self.beta_2,
+                epsilon=self.epsilon,
+                grad=gradient,
+            )
 
 
 def optimize(
-    model, vgg_variables, learning_rate, vgg_learning_rate, epochs, steps, seed
+    model,
+    vgg_variables,
+    learning_rate,
+    vgg_learning_rate,
+    epochs,
+    steps,
+    seed,
+    strategy,
+    loss_scaling=False,
+    xla=False,
 ):
     """Return train_step and the run's state, as a tf.train.Checkpoint.
 
@@ -276,9 +298,11 @@ def optimize(
     valid pixels plus the L2 term and returns both and the gradient's norm, (3,)
     float32. `vgg_variables` learn at `vgg_learning_rate`, the decoder at
     `learning_rate`. Rates rise in a line over the first of `epochs` of `steps`, then
-    fall in a half cosine to 0; the gradient is clipped to norm 1. The state has also
-    what train_nn counts, `epoch`, those that are over, and `totals` of the one that is
-    not (loss, L2, gradient norm, seconds), and the `best` weights.
+    fall in a half cosine to 0; the gradient is clipped to norm 1. The replicas of
+    `strategy` share a batch. `loss_scaling` is for float16: a step whose gradient
+    overflows is left out, with norm 0. With `xla` the step is compiled, if it can be.
+    The state has also what train_nn counts, `epoch`, those that are over, and `totals`
+    of the one that is not (loss, L2, gradient norm, seconds), and the `best` weights.
     """
     schedule = keras.optimizers.schedules.CosineDecay(
         learning_rate / steps,
@@ -289,25 +313,60 @@ def optimize(
     slow = {variable.path for variable in vgg_variables}
     variables = model.trainable_variables
     factor = vgg_learning_rate / learning_rate
-    optimizer = Adam(schedule)
-    optimizer.factors = [factor if v.path in slow else 1.0 for v in variables]
-    optimizer.build(variables)
-    step = tf.Variable(0, dtype=tf.int64)
+    with strategy.scope():
+        optimizer = Adam(schedule)
+        optimizer.factors = [factor if v.path in slow else 1.0 for v in variables]
+        if loss_scaling:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer.build(variables)
+        step = tf.Variable(0, dtype=tf.int64)
     dropouts = [y for y in model.layers if hasattr(y, "seed_generator")]
+    replicas = strategy.num_replicas_in_sync
 
-    @tf.function
-    def train_step(images, labels, weights):
+    def replica_step(images, labels, weights):
+        replica = tf.distribute.get_replica_context()
         for index, layer in enumerate(dropouts):  # masks are a function of the step
-            layer.seed_generator.state.assign([seed, step * len(dropouts) + index])
+            mask = (step * len(dropouts) + index) * replicas
+            mask += tf.cast(replica.replica_id_in_sync_group, tf.int64)
+            layer.seed_generator.state.assign([seed, mask])
         with tf.GradientTape() as tape:
             logits = model(images, training=True)
             loss = tf.reduce_sum(weights * cross_entropy(logits, labels))
-            l2 = tf.add_n(model.losses)
-            total = loss + l2
-        gradients, norm = tf.clip_by_global_norm(tape.gradient(total, variables), 1.0)
+            l2 = tf.add_n(model.losses) / replicas
+            total = optimizer.scale_loss(loss + l2)
+        sums = [loss, l2, *tape.gradient(total, variables)]
+        loss, l2, *gradients = replica.all_reduce("SUM", sums)
+        # Keras would clip before the sum, each replica for itself
+        scale = optimizer.scale_loss(1.0)
+        gradients, norm = tf.clip_by_global_norm(gradients, scale)
         optimizer.apply(gradients, variables)
-        step.assign_add(1)
+        norm /= scale
+        if loss_scaling:
+            norm = tf.where(tf.math.is_finite(norm), norm, 0)
         return tf.stack([loss, l2, norm])
+
+    def whole_step(*batch):
+        results = strategy.run(replica_step, args=batch)
+        step.assign_add(1)
+        return strategy.experimental_local_results(results)[0]
+
+    functions = [tf.function(whole_step)]
+    if xla:
+        functions.append(tf.function(whole_step, jit_compile=True))
+
+    def train_step(*batch):
+        try:
+            return functions[-1](*batch)
+        except (
+            tf.errors.InternalError,
+            tf.errors.InvalidArgumentError,
+            tf.errors.UnimplementedError,
+        ) as error:
+            if len(functions) == 1:
+                raise
+            print(f"XLA failed ({helper.first_line(error)}): going on without it")
+            functions.pop()
+            return functions[-1](*batch)
 
     with tf.device("CPU"):  # a second set of weights would crowd a GPU
         progress = {
@@ -320,20 +379,26 @@ def optimize(
 
 
 @tf.function(reduce_retracing=True)
-def holdout_step(model, images, labels):
-    """Return a batch's summed cross entropy and its confidence histogram."""
-    logits = model(images, training=False)
-    confidence = helper.to_confidence(tf.nn.softmax(logits)[..., 1])
-    histogram = helper.confidence_histogram(confidence, labels)
-    return tf.reduce_sum(cross_entropy(logits, labels)), histogram
+def holdout_step(model, strategy, images, labels):
+    """Return a batch's summed cross entropy and its confidence histogram, float64."""
+
+    def replica_step(images, labels):
+        logits = model(images, training=False)
+        confidence = helper.to_confidence(tf.nn.softmax(logits)[..., 1])
+        histogram = helper.confidence_histogram(confidence, labels)
+        sums = tf.reduce_sum(cross_entropy(logits, labels)), histogram
+        return [tf.cast(part, tf.float64) for part in sums]
+
+    parts = strategy.run(replica_step, args=(images, labels))
+    return [strategy.reduce("SUM", part, axis=None) for part in parts]
 
 
-def evaluate(model, batches):
+def evaluate(model, batches, strategy):
     """Return the hold-out's loss and scores at network size, {} without images."""
-    results = [holdout_step(model, images, labels) for images, labels, _ in batches]
+    results = [holdout_step(model, strategy, *batch[:2]) for batch in batches]
     if not results:
         return {}
-    loss, histogram = (np.sum(part, axis=0, dtype=np.float64) for part in zip(*results))
+    loss, histogram = (np.sum(part, axis=0) for part in zip(*results))
     if not np.isfinite(loss):
         raise ProgramError(f"the hold-out loss is {loss}: lower --learning-rate")
     measures = helper.scores(histogram)
@@ -417,6 +482,17 @@ def interrupt(signum, frame):
 
 
 @contextlib.contextmanager
+def handling_signals(handler):
+    """Have `handler` handle the signals."""
+    before = [signal.signal(each, handler) for each in SIGNALS]
+    try:
+        yield
+    finally:
+        for each, old in zip(SIGNALS, before):
+            signal.signal(each, old)
+
+
+@contextlib.contextmanager
 def noting_signals():
     """Yield the list of signals that came; a second one ends the program at once."""
     noted = []
@@ -428,16 +504,16 @@ def noting_signals():
         with contextlib.suppress(OSError):
             os.write(1, b"stopping after this step; a second signal stops at once\n")
 
-    before = [signal.signal(each, note) for each in SIGNALS]
-    try:
+    with handling_signals(note):
         yield noted
-    finally:
-        for each, handler in zip(SIGNALS, before):
-            signal.signal(each, handler)
 
 
-def describe_device():
-    """Return what the run computes on; speak of a GPU that TensorFlow cannot use."""
+def prepare_device(precision):
+    """Set the precision; return it and the device's name, as run.json has them.
+
+    "auto" is bfloat16 on GPUs that compute with it, float32 elsewhere. Speaks of a GPU
+    that TensorFlow cannot use.
+    """
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
@@ -446,17 +522,64 @@ def describe_device():
         print(
             "install -r requirements.txt in a new environment; nvidia-smi lists the GPU"
         )
-    details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
-    name = details.get("device_name", f"CPU ({os.cpu_count()} cores)")
-    rest = {"replicas": 1, "workers": 1, "precision": "float32", "xla": False}
-    return {"name": name, **rest}
+    if precision == "auto":
+        precision = "bfloat16" if compute_capability() >= (8, 0) else "float32"
+    mixed = "" if precision == "float32" else "mixed_"
+    keras.config.set_dtype_policy(mixed + precision)
+    name = f"CPU ({os.cpu_count()} cores)"
+    if gpus:
+        details = tf.config.experimental.get_device_details(gpus[0])
+        name = details.get("device_name", gpus[0].name)
+    return {"name": name, "precision": precision}
+
+
+def compute_capability():
+    """Return the lowest compute capability of the GPUs, (0, 0) without one."""
+    gpus = tf.config.list_physical_devices("GPU")
+    details = map(tf.config.experimental.get_device_details, gpus)
+    return min((each["compute_capability"] for each in details), default=(0, 0))
+
+
+def choose_strategy():
+    """Return the strategy for this machine's GPUs and TF_CONFIG's, and its workers."""
+    if "TF_CONFIG" in os.environ:
+        advice = "correct it, or unset it to train on this machine alone"
+        with helper.blaming("TF_CONFIG", "a cluster", advice):
+            resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+            jobs = resolver.cluster_spec().as_dict()
+            workers = len(jobs.get("chief", [])) + len(jobs.get("worker", []))
+            if workers > 1:
+                print(f"waiting until all {workers} workers are there", flush=True)
+                with handling_signals(signal.SIG_DFL):  # it waits where no Python runs
+                    return tf.distribute.MultiWorkerMirroredStrategy(), workers
+    if len(tf.config.list_physical_devices("GPU")) > 1:
+        return tf.distribute.MirroredStrategy(), 1
+    return tf.distribute.get_strategy(), 1
+
+
+def agree(strategy, facts):
+    """Raise ProgramError unless `facts` are the same on all workers."""
+    own = tf.constant(zlib.crc32(repr(facts).encode()), tf.float64)
+    mean = strategy.reduce("MEAN", strategy.run(lambda: own), axis=None)
+    if mean != own:
+        raise ProgramError(
+            f"another worker has other settings or data than this one, {facts}: give "
+            "all of them the same command, data and, with --resume, run folder"
+        )
 
 
 def run(config):
     """Train as `config` says, score, and return the run's folder."""
     if config.resume and helper.is_finished(config.resume):
         return config.resume
-    device = describe_device()  # first of all: memory growth is set before any use
+    device = prepare_device(config.precision)  # first of all: before any use of it
+    strategy, workers = choose_strategy()
+    replicas, chief = strategy.num_replicas_in_sync, strategy.extended.should_checkpoint
+    device |= {"replicas": replicas, "workers": workers}
+    device["xla"] = config.xla and replicas == 1 and compute_capability() < (10, 0)
+    if config.xla and not device["xla"]:
+        print("XLA is off: it works on one replica, and not on Blackwell GPUs")
+    print(", ".join(f"{name} {value}" for name, value in device.items()))
     if config.deterministic:
         print("deterministic: the same bits on every run, at a lower speed on a GPU")
         tf.config.experimental.enable_op_determinism()
@@ -489,37 +612,54 @@ def run(config):
             name: value.absolute() if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(config).items()
             if name != "resume"
-        },
+        }
+        | {"precision": device["precision"]},  # of a resumed run too
         "classes": CLASSES,
         "device": device,
         "data": dict(zip(("training", "holdout", "test"), map(len, split))),
     }
-    with helper.run_folder(config.runs_dir, config.resume, facts) as (run_dir, record):
-        image_input, *pools = load_vgg(vgg_path, config.keep_prob)
-        model = keras.Model(image_input, layers(*pools, len(CLASSES), config.l2))
+    folder = helper.run_folder(config.runs_dir, config.resume, facts, chief)
+    with folder as (run_dir, record):
+        with strategy.scope():
+            image_input, *pools = load_vgg(vgg_path, config.keep_prob)
+            model = keras.Model(image_input, layers(*pools, len(CLASSES), config.l2))
         if weights:
             load_weights(model, weights)
         vgg_variables = keras.Model(image_input, pools).trainable_variables
-        train_step, state = optimize(model, vgg_variables, *rates, epochs, steps, seed)
+        how = strategy, device["precision"] == "float16", device["xla"]
+        train_step, state = optimize(
+            model, vgg_variables, *rates, epochs, steps, seed, *how
+        )
+        checkpoints = helper.Checkpoints(run_dir, record, state, chief)
         kept = 3 - len(restored or ()) if epochs else 0  # two, and a new one
         size = (8 + 16 * kept) * model.count_params() + 10**6 * len(test_paths)
-        helper.need_space(run_dir, size, "a run")
+        if chief:
+            helper.need_space(run_dir, size, "a run")
         if epochs or config.resume:
-            batches = helper.gen_batch_function(training, image_shape, seed)
-            get_holdout_fn, _ = helper.gen_batch_function(holdout, image_shape)
-            checkpoints = helper.Checkpoints(run_dir, record, state)
+            batches = helper.gen_batch_function(training, image_shape, strategy, seed)
+            get_holdout_fn, _ = helper.gen_batch_function(
+                holdout, image_shape, strategy
+            )
             if config.resume:
                 checkpoints.restore(epochs * steps)
+            if workers > 1:
+                same = {
+                    k: v for k, v in facts["config"].items() if type(v) in (int, float)
+                }
+                agree(
+                    strategy, same | device | facts["data"] | {"step": int(state.step)}
+                )
             shown = next((image for image, *_ in [*holdout, *zip(test_paths)]), None)
 
             def end_epoch(epoch):
-                epoch |= evaluate(model, get_holdout_fn(batch_size))
+                epoch |= evaluate(model, get_holdout_fn(batch_size), strategy)
                 epoch["learning_rate"] = float(state.optimizer.learning_rate)
                 print(*(f"{name} {value:.5g}" for name, value in epoch.items()))
-                at = epoch["epoch"], epochs
-                helper.keep_frame(run_dir, model, shown, image_shape, *at)
-                helper.write_epoch(run_dir, record, epoch, state)
-                checkpoints.save(60 * config.checkpoint_minutes)
+                if chief:
+                    at = epoch["epoch"], epochs
+                    helper.keep_frame(run_dir, model, shown, image_shape, *at)
+                    helper.write_epoch(run_dir, record, epoch, state)
+                    checkpoints.save(60 * config.checkpoint_minutes)
 
             with noting_signals() as noted:
                 parts = *batches, train_step, steps, state, end_epoch, noted
@@ -527,6 +667,8 @@ def run(config):
                 checkpoints.save()
             if noted:
                 raise Stopped(noted[0])
+        if not chief:
+            return None
         helper.copy_weights(model.trainable_variables, state.best)
         if not record["history"]:
             helper.write_weights(run_dir, state)
@@ -547,7 +689,7 @@ def use(config):
     """Segment images with trained weights, or export them."""
     if config.predict and not config.predict.exists():
         raise ProgramError(f"--predict {config.predict}: no such file or folder")
-    describe_device()
+    prepare_device(config.precision)
     record = helper.read_run(config.weights.parent)
     if record.get("classes") != CLASSES:
         raise ProgramError(

@@ -47,6 +47,7 @@ import helper
 import main
 from helper import VOID, ProgramError
 
+ONE = tf.distribute.get_strategy()
 tf.get_logger().setLevel("ERROR")  # each test traces anew, and TensorFlow remarks on it
 
 
@@ -468,7 +469,7 @@ class Data(Case):
         Image.new("RGB", (24, 40)).save(road)
         samples, *_ = helper.find_images(self.folder, 0, 1)
         with self.assertRaisesRegex(ProgramError, "is 24x40, its image 40x24"):
-            helper.gen_batch_function(samples, (32, 32))
+            helper.gen_batch_function(samples, (32, 32), ONE)
 
     def batches(self, count=7, seed=0, shape=(32, 64)):
         for number in range(count):
@@ -476,14 +477,15 @@ class Data(Case):
                 self.folder, f"um_{number:06}", label=(255, 0, 255 * (number % 2))
             )
         samples, *_ = helper.find_images(self.folder, 0, 1)
-        return helper.gen_batch_function(samples, shape, seed)
+        return helper.gen_batch_function(samples, shape, ONE, seed)
 
     def test_the_holdout_comes_whole_in_order_and_as_it_is(self):
-        images = [batch[0].numpy() for batch in self.batches()[0](3)]
-        self.assertEqual([len(batch) for batch in images], [3, 3, 1])
-        self.assertEqual(
-            [image[0, 0, 0] for image in np.concatenate(images)], [*range(7)]
-        )
+        parts = zip(*self.batches()[0](3))
+        images, labels, weights = (np.concatenate(part) for part in parts)
+        self.assertEqual(len(images), 9)
+        self.assertEqual(images[:7, 0, 0, 0].tolist(), [*range(7)])
+        self.assertTrue((labels[:7] != VOID).all() and (labels[7:] == VOID).all())
+        self.assertTrue((weights[:7] > 0).all() and (weights[7:] == 0).all())
 
     def test_an_epoch_takes_no_sample_twice_and_drops_the_rest(self):
         order = [helper.batch_rows(step, 7, 3, 0).numpy() for step in range(4)]
@@ -513,7 +515,8 @@ class Data(Case):
         images = np.zeros((40, 8, 16, 3), np.uint8)
         images[:, :, :4] = 200  # bright where the label is road
         labels = (images[..., 0] > 0).astype(np.uint8)
-        images, labels = helper.augment(images, labels, (0, 1))
+        draws = np.random.default_rng(0).uniform(size=(3, 40)).astype(np.float32)
+        images, labels = helper.augment(images, labels, draws)
         bright = images.numpy()[..., 0] > 100
         np.testing.assert_array_equal(bright, labels.numpy() == 1)
         flipped = labels.numpy()[:, 0, 0] == 0
@@ -522,7 +525,8 @@ class Data(Case):
     def test_jitter_changes_brightness_and_contrast_of_each_image(self):
         images = np.tile(np.uint8([[[100], [150]]]), (40, 4, 1, 3))
         labels = np.zeros((40, 4, 2), np.uint8)
-        changed = helper.augment(images, labels, (0, 1))[0].numpy().astype(float)
+        draws = np.random.default_rng(0).uniform(size=(3, 40)).astype(np.float32)
+        changed = helper.augment(images, labels, draws)[0].numpy().astype(float)
         means = changed.mean((1, 2, 3))
         contrasts = np.ptp(changed, axis=(1, 2, 3)) / 50
         self.assertTrue(100 <= means.min() < 110 and 140 < means.max() <= 150)
@@ -535,7 +539,9 @@ class Data(Case):
         Image.fromarray(label).save(road)
         write_sample(self.folder, "um_000001", (64, 32))
         samples, *_ = helper.find_images(self.folder, 0, 1)
-        ((_, labels, weights),) = helper.gen_batch_function(samples, (32, 64))[0](2)
+        ((_, labels, weights),) = helper.gen_batch_function(samples, (32, 64), ONE)[0](
+            2
+        )
         valid = (labels.numpy() != VOID).sum((1, 2))
         self.assertEqual(valid.tolist(), [512, 2048])
         np.testing.assert_allclose(weights, [1 / 2560] * 2)
@@ -670,7 +676,7 @@ class LoadVgg(Case):
         logits = main.layers(*self.model.outputs, 2)
         model = keras.Model(self.model.input, logits)
         variables = self.model.trainable_variables
-        main.optimize(model, variables, 0.001, 0.0001, 2, 5, 0)
+        main.optimize(model, variables, 0.001, 0.0001, 2, 5, 0, ONE)
         kernel = model.get_layer("block1_conv1").kernel
         np.testing.assert_array_equal(kernel, self.kernel)
         with h5py.File(self.weights) as file:
@@ -788,7 +794,9 @@ class Optimize(Case):
         self.model, self.vgg = small_model()
 
     def optimize(self, rate=0.001, vgg_rate=0.0001, epochs=3, steps=4, seed=0):
-        return main.optimize(self.model, self.vgg, rate, vgg_rate, epochs, steps, seed)
+        return main.optimize(
+            self.model, self.vgg, rate, vgg_rate, epochs, steps, seed, ONE
+        )
 
     def test_the_loss_is_the_mean_over_valid_pixels_and_l2_is_apart(self):
         dropout = next(y for y in self.model.layers if "dropout" in y.name)
@@ -895,7 +903,7 @@ class Evaluate(Case):
         valid = labels != VOID
         both = (found & is_road & valid).sum()
         either = ((found | is_road) & valid).sum()
-        ours = main.evaluate(model, batches)
+        ours = main.evaluate(model, batches, ONE)
         loss = cross_entropy_by_hand(logits, labels)
         self.assertAlmostEqual(ours["holdout_loss"], loss, places=4)
         self.assertAlmostEqual(ours["IoU"], 100 * both / either, delta=0.05)
@@ -906,10 +914,10 @@ class Evaluate(Case):
         model, _ = small_model()
         model.get_layer("score_fc7").bias.assign([np.nan, 0])
         with self.assertRaisesRegex(ProgramError, "hold-out loss is nan"):
-            main.evaluate(model, [small_batch()])
+            main.evaluate(model, [small_batch()], ONE)
 
     def test_without_images_there_are_no_scores(self):
-        self.assertEqual(main.evaluate(None, []), {})
+        self.assertEqual(main.evaluate(None, [], ONE), {})
 
 
 class TrainNn(Case):
@@ -1228,7 +1236,7 @@ class Run(Program):
         scores = iter([{"MaxF": 50.0}, {"MaxF": 90.0}, {"MaxF": 70.0}])
         weights = []
 
-        def evaluate(model, batches):
+        def evaluate(model, batches, strategy):
             weights.append(model.get_weights())
             return next(scores)
 
@@ -1741,7 +1749,7 @@ class Resume(Program):
     def test_the_best_weights_are_those_of_the_checkpoint_that_counts(self):
         seen = []
 
-        def evaluate(model, batches):
+        def evaluate(model, batches, strategy):
             seen.append([w.numpy() for w in model.trainable_variables])
             if len(seen) > 2:
                 raise ProgramError("as if it were killed")
