@@ -495,7 +495,7 @@ def gen_batch_function(samples, image_shape, strategy, seed=0):
     names(batch_size, step) lists a training step's files. get_batches_fn(batch_size,
     steps) is a dataset of images (B, H, W, 3) uint8, labels (B, H, W) uint8 and weights
     (B,) float32: a valid pixel's share of the batch's loss. With `steps`, a range, it
-    gives those training steps, shuffled and augmented; without, every sample once, as
+    gives those training steps, over and over, shuffled and augmented; without, every sample once, as
     it is, in order. Each replica of `strategy` gets an equal part of a batch, filled up
     with void images of weight 0. Raises ProgramError for a set that does not fit into memory.
     """
@@ -557,6 +557,8 @@ def gen_batch_function(samples, image_shape, strategy, seed=0):
                 return x, y, tf.where(real, weight, 0)
 
             dataset = tf.data.Dataset.range(steps.start * local, steps.stop * local)
+            if training:  # workers would have to agree on an end at every step
+                dataset = dataset.repeat()
             dataset = dataset.map(share, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
             if replicas == 1:  # several fetch to their devices themselves
                 gpus, cpus = map(tf.config.list_logical_devices, ("GPU", "CPU"))
@@ -1171,7 +1173,7 @@ class Checkpoints:
                     f"{self.folder}: no checkpoint can be restored: remove this folder "
                     "and the run starts at step 0 again"
                 )
-        self.saved = step, epoch = int(self.state.step), int(self.state.epoch)
+        self.saved = step, epoch = int(self.state.step.numpy()), int(self.state.epoch)
         if step > steps:
             raise ProgramError(
                 f"{self.run_dir} is at step {step} of --epochs' {steps}: raise --epochs"
@@ -1190,7 +1192,7 @@ class Checkpoints:
 
     def save(self, seconds=0):
         """Write the best weights and a checkpoint, if the last is `seconds` old."""
-        progress = int(self.state.step), int(self.state.epoch)
+        progress = int(self.state.step.numpy()), int(self.state.epoch)
         if not self.chief or progress == self.saved:
             return
         if time.monotonic() - self.saved_at < seconds:

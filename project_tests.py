@@ -2,11 +2,15 @@
 
     python project_tests.py             all of it
     python project_tests.py LoadVgg     one stage
+    python project_tests.py --benchmark [--benchmark-steps N] [settings of main.py]
 
-No network but 127.0.0.1, no GPU, nothing written outside temporary folders.
+No network but 127.0.0.1, nothing written outside temporary folders; a GPU is used by
+the benchmark alone.
 """
 
+import argparse
 import contextlib
+import functools
 import hashlib
 import html.parser
 import http.server
@@ -15,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -30,7 +35,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+if "--benchmark" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["NO_PROXY"] = "127.0.0.1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -2200,7 +2206,137 @@ class Report(Program):
         self.assertNotIn("nan", one)
 
 
+# --------------------------------------------------------------------- benchmark
+
+
+BENCHMARK = """
+import sys, time
+began, times = float(sys.argv.pop(1)), int(sys.argv.pop(1))
+import main
+
+def train_nn(*arguments):
+    sys.argv.append("--benchmark")  # leaves the GPU to it
+    import project_tests
+    project_tests.measure(began, times, *arguments)
+
+main.train_nn = train_nn
+main.program()
+"""
+
+
+def layer_flop(model, image_shape):
+    """Return the FLOP of an image in each layer of `model` that has a kernel."""
+    layers = [layer for layer in model.layers if hasattr(layer, "kernel")]
+    ends = [x for layer in layers for x in (layer.input, layer.output)]
+    image = keras.KerasTensor((1, *image_shape, 3), "uint8")
+    shapes = keras.Model(model.input, ends).compute_output_spec(image)
+    flop = []
+    for layer, x, y in zip(layers, shapes[::2], shapes[1::2]):
+        # a transposed convolution is one from its output to its input
+        transposed = isinstance(layer, keras.layers.Conv2DTranspose)
+        places = np.prod((x if transposed else y).shape[1:3])
+        flop.append(2 * float(np.prod(layer.kernel.shape) * places))
+    return flop
+
+
+def seconds(function, times):
+    """Return the median seconds of a call; short calls are timed several at once."""
+    together = 1
+    for _ in range(2):  # the first one traces
+        start = time.perf_counter()
+        np.asarray(function())
+        together = max(int(0.3 / (time.perf_counter() - start)), 1)
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        for _ in range(together):
+            result = function()
+        np.asarray(result)  # waits for the device
+        taken.append((time.perf_counter() - start) / together)
+    return float(np.median(taken))
+
+
+def measure(
+    began, times, epochs, batch_size, get_batches_fn, _, train_step, steps, state, *rest
+):
+    """Measure in the place of main.train_nn, print JSON, and end the process."""
+    batches = iter(get_batches_fn(batch_size, range(10**6)))
+    first = train_step(*next(batches)).numpy()
+    results = {"first_step_s": time.time() - began, "first_loss": float(first[0])}
+    results["train_s"] = seconds(lambda: train_step(*next(batches)), times)
+    gpus = tf.config.list_logical_devices("GPU")
+    results["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for index, _ in enumerate(gpus):
+        memory = tf.config.experimental.get_memory_info(f"GPU:{index}")
+        results[f"gpu{index}_peak_bytes"] = memory["peak"]
+    results["batch_s"] = seconds(lambda: next(batches)[2], times)
+    image_shape = tuple(next(batches)[0].shape[1:3])
+    images = np.zeros((batch_size, 375, 1242, 3), np.uint8)
+    predict = helper.predict_road
+    results["predict_s"] = seconds(
+        lambda: predict(state.model, images, image_shape)[0, 0, 0], times
+    )
+    dtype = keras.config.dtype_policy().compute_dtype
+    rates = []
+    for side in (8192, 16384) if gpus else (2048, 4096):
+        x = tf.cast(tf.random.normal((side, side)), dtype)
+        product = functools.partial(tf.function(lambda x: (x @ x)[0, 0]), x)
+        rates.append(2 * side**3 / seconds(product, times))
+    flop = layer_flop(state.model, image_shape)
+    # backward: to the kernel and to the input, but for that of the first layer
+    results["train_flop"] = batch_size * (3 * sum(flop) - flop[0])
+    results["predict_flop"] = batch_size * sum(flop)
+    results["matmul_flop_per_s"] = max(rates)
+    print(json.dumps(results), flush=True)
+    os._exit(0)
+
+
+def benchmark(argv):
+    """Print how fast main.py is here with the settings `argv`: a table, then JSON.
+
+    On drawn images and random weights, unless others are named. The yardstick is the
+    best large matrix product of the same process in the same precision.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--benchmark", action="store_true")
+    parser.add_argument("--benchmark-steps", type=int, default=5)
+    ours, settings = parser.parse_known_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "data")
+        helper.maybe_draw_kitti_road(data, training=288)
+        paths = ["--vgg=random", f"--data-dir={data}", f"--runs-dir={folder}"]
+        begin = [sys.executable, "-c", BENCHMARK, str(time.time())]
+        command = [*begin, str(ours.benchmark_steps), *paths, *settings]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        return done.returncode
+    *said, text = done.stdout.splitlines()
+    results = json.loads(text)
+    batch_size = main.parse(settings).batch_size
+    print("\n".join(said))
+    for kind, title in ("train", "training step"), ("predict", "inference"):
+        taken, flop = results[f"{kind}_s"], results[f"{kind}_flop"]
+        share = results[f"{kind}_share"] = flop / taken / results["matmul_flop_per_s"]
+        print(
+            f"{title:22}{1000 * taken:10.1f} ms{batch_size / taken:10.2f} images/s"
+            f"{flop / taken / 1e9:10.1f} GFLOP/s{100 * share:8.1f} % of the product"
+        )
+    rate = results["matmul_flop_per_s"] / 1e9
+    print(f"{'matrix product':22}{rate:46.1f} GFLOP/s")
+    times = results["train_s"] / results["batch_s"]
+    print(f"{'input pipeline':22}{1000 * results['batch_s']:10.1f} ms", end=" ")
+    print(f"a batch: {times:.0f} times faster than the step")
+    print(f"{'to the first step':22}{results['first_step_s']:10.1f} s")
+    for name, value in results.items():
+        if name.endswith("_bytes"):
+            print(f"{name[:-6].replace('_', ' '):22}{value / 1e9:10.2f} GB")
+    print(json.dumps(results))
+    return 0
+
+
 if __name__ == "__main__":
+    if "--benchmark" in sys.argv:
+        sys.exit(benchmark(sys.argv[1:]))
     program = unittest.main(exit=False, buffer=True)
     result = program.result
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
