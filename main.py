@@ -179,7 +179,8 @@ def load_vgg(vgg_path, keep_prob):
     vgg = keras.applications.VGG16(include_top=False, weights=None, input_tensor=x)
     x = vgg.output  # (B, H/32, W/32, 512)
     for name, side in ("fc1", 7), ("fc2", 1):  # Keras's names of fc6 and fc7
-        x = FullyConnected(4096, side, padding="same", activation="relu", name=name)(x)
+        how = {"padding": "same", "activation": "relu", "kernel_initializer": "zeros"}
+        x = FullyConnected(4096, side, name=name, **how)(x)  # the zeros are replaced
         x = keras.layers.Dropout(1 - keep_prob, name=f"{name}_dropout")(x)
     encoder = keras.Model(image_input, x)
     weighted = [layer for layer in encoder.layers if layer.weights]
