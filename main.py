@@ -23,6 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, by the import
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.client.device_lib import list_local_devices
 from tqdm import tqdm
 
 import helper
@@ -587,6 +588,23 @@ def agree(strategy, facts):
         )
 
 
+def largest_batch(model, image_shape, replicas):
+    """Return the batch size that should fit into the memory that is free now.
+
+    Beside weights and moments a step holds the gradient twice, for the clipping, and
+    for each image 1.5 times what the layers put out, as measured on a CPU.
+    """
+    room = helper.free_memory()
+    if gpus := tf.config.list_logical_devices("GPU"):
+        limits = {each.name: each.memory_limit for each in list_local_devices()}
+        used = tf.config.experimental.get_memory_info(gpus[0].name)["current"]
+        room = limits[gpus[0].name] - used
+    image = keras.KerasTensor((1, *image_shape, 3), "uint8")
+    outputs = keras.Model(model.input, [layer.output for layer in model.layers])
+    sizes = [np.prod(x.shape) * tf.as_dtype(x.dtype).size for x in outputs(image)]
+    return max(int((room - 8 * model.count_params()) / sum(sizes) / 1.5), 0) * replicas
+
+
 def run(config):
     """Train as `config` says, score, and return the run's folder."""
     if config.resume and helper.is_finished(config.resume):
@@ -683,7 +701,15 @@ def run(config):
 
             with noting_signals() as noted:
                 parts = *batches, train_step, steps, state, end_epoch, noted
-                train_nn(epochs, batch_size, *parts)
+                try:
+                    train_nn(epochs, batch_size, *parts)
+                except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+                    fits = largest_batch(model, image_shape, replicas)
+                    raise ProgramError(
+                        f"out of memory with --batch-size {batch_size}: "
+                        f"{min(fits, batch_size - 1)} should fit; set that, or lower "
+                        "--image-height and --image-width"
+                    ) from error
                 checkpoints.save()
             if noted:
                 raise Stopped(noted[0])

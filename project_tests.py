@@ -22,6 +22,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,11 @@ import helper
 import main
 from helper import VOID, ProgramError
 
+CPU = tf.config.list_physical_devices("CPU")[0]
+if "--benchmark" not in sys.argv:  # as main.py would, and two devices in place of one
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    pair = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(CPU, pair)
 ONE = tf.distribute.get_strategy()
 tf.get_logger().setLevel("ERROR")  # each test traces anew, and TensorFlow remarks on it
 
@@ -477,13 +483,15 @@ class Data(Case):
         with self.assertRaisesRegex(ProgramError, "is 24x40, its image 40x24"):
             helper.gen_batch_function(samples, (32, 32), ONE)
 
-    def batches(self, count=7, seed=0, shape=(32, 64)):
+    def samples(self, count):
         for number in range(count):
             write_sample(
                 self.folder, f"um_{number:06}", label=(255, 0, 255 * (number % 2))
             )
-        samples, *_ = helper.find_images(self.folder, 0, 1)
-        return helper.gen_batch_function(samples, shape, ONE, seed)
+        return helper.find_images(self.folder, 0, 1)[0]
+
+    def batches(self, count=7, seed=0, shape=(32, 64)):
+        return helper.gen_batch_function(self.samples(count), shape, ONE, seed)
 
     def test_the_holdout_comes_whole_in_order_and_as_it_is(self):
         parts = zip(*self.batches()[0](3))
@@ -503,10 +511,10 @@ class Data(Case):
         self.assertNotEqual(first.tolist(), other.tolist())
 
     def test_a_batch_is_a_function_of_its_step(self):
-        one_image = self.batches(1)[0](1, range(6))
+        one_image = itertools.islice(self.batches(1)[0](1, range(6)), 6)
         self.assertEqual(len({images.numpy().tobytes() for images, *_ in one_image}), 6)
         get_batches_fn, _ = self.batches()
-        through = list(get_batches_fn(3, range(6)))
+        through = list(itertools.islice(get_batches_fn(3, range(6)), 6))
         for step, batch in zip(range(4, 6), get_batches_fn(3, range(4, 6))):
             for ours, theirs in zip(batch, through[step]):
                 np.testing.assert_array_equal(ours, theirs)
@@ -551,6 +559,30 @@ class Data(Case):
         valid = (labels.numpy() != VOID).sum((1, 2))
         self.assertEqual(valid.tolist(), [512, 2048])
         np.testing.assert_allclose(weights, [1 / 2560] * 2)
+
+    def test_replicas_share_a_batch_and_what_is_missing_is_void(self):
+        samples = self.samples(7)
+        two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+        for steps in None, range(3, 5):
+            get_one, _ = helper.gen_batch_function(samples, (32, 64), ONE, 5)
+            get_two, _ = helper.gen_batch_function(samples, (32, 64), two, 5)
+            for whole, parts in zip(
+                get_one(5, steps), itertools.islice(get_two(5, steps), 2)
+            ):
+                parts = map(two.experimental_local_results, parts)
+                images, labels, weights = (tf.concat(part, 0).numpy() for part in parts)
+                self.assertEqual(len(images), 6)
+                for ours, theirs in zip((images, labels, weights), whole):
+                    np.testing.assert_array_equal(ours[:5], theirs)
+                self.assertTrue((labels[5] == VOID).all() and weights[5] == 0)
+
+    def test_a_set_too_large_for_memory_is_refused_before_decoding(self):
+        samples = self.samples(7)
+        self.patch(helper, "read_image", None)
+        self.patch(helper, "free_memory", lambda: 4 * 7 * 32 * 64 - 1)
+        said = "7 images of 64x32 take 0 MB of memory and 0 MB are free: lower --image"
+        with self.assertRaisesRegex(ProgramError, said):
+            helper.gen_batch_function(samples, (32, 64), ONE)
 
     def test_the_drawn_set_has_kittis_layout_and_is_drawn_once(self):
         helper.maybe_draw_kitti_road(self.folder, training=9, testing=3)
@@ -678,6 +710,17 @@ class LoadVgg(Case):
         dropouts = [y for y in self.model.layers if isinstance(y, keras.layers.Dropout)]
         self.assertEqual([round(y.rate, 6) for y in dropouts], [0.2, 0.2])
 
+    def test_a_product_is_the_convolution(self):
+        x = np.random.default_rng(0).normal(size=(2, 5, 9, 6)).astype(np.float32)
+        for side in 7, 1:
+            ours = main.FullyConnected(4, side, padding="same", activation="relu")
+            theirs = keras.layers.Conv2D(4, side, padding="same", activation="relu")
+            for layer in ours, theirs:
+                layer.build(x.shape)
+            ours.bias.assign([1, 2, 0, -1])
+            theirs.set_weights(ours.get_weights())
+            np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
+
     def test_pretrained_values_are_intact_when_training_begins(self):
         logits = main.layers(*self.model.outputs, 2)
         model = keras.Model(self.model.input, logits)
@@ -799,10 +842,90 @@ class Optimize(Case):
         keras.utils.set_random_seed(0)
         self.model, self.vgg = small_model()
 
-    def optimize(self, rate=0.001, vgg_rate=0.0001, epochs=3, steps=4, seed=0):
+    def optimize(self, rate=0.001, vgg_rate=0.0001, epochs=3, steps=4, seed=0, **how):
         return main.optimize(
-            self.model, self.vgg, rate, vgg_rate, epochs, steps, seed, ONE
+            self.model, self.vgg, rate, vgg_rate, epochs, steps, seed, ONE, **how
         )
+
+    def five_steps(self, **how):
+        """Return what five steps return, and the weights after them."""
+        keras.utils.set_random_seed(0)
+        self.model, self.vgg = small_model()
+        next(y for y in self.model.layers if "dropout" in y.name).rate = 0
+        step, _ = self.optimize(0.01, 0.01, **how)
+        values = [step(*small_batch(seed=seed)).numpy() for seed in range(5)]
+        return values, [w.numpy() for w in self.model.trainable_variables]
+
+    def test_a_compiled_step_is_the_plain_one(self):
+        for ours, theirs in zip(self.five_steps(xla=True)[0], self.five_steps()[0]):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+    def test_what_xla_cannot_compile_goes_on_without_it(self):
+        plain = self.five_steps()
+        entropy = main.cross_entropy
+
+        def not_for_xla(logits, labels):
+            return entropy(
+                logits,
+                tf.io.decode_raw(tf.io.encode_base64("AAAA"), tf.uint8)[0] * 0 + labels,
+            )
+
+        self.patch(main, "cross_entropy", not_for_xla)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            fallen = self.five_steps(xla=True)
+        np.testing.assert_array_equal(fallen[0], plain[0])
+        self.assertRegex(said.getvalue(), r"^XLA failed \(.+\): going on without it\n$")
+
+    def test_a_scaled_step_is_an_unscaled_one(self):
+        plain, scaled = self.five_steps(), self.five_steps(loss_scaling=True)
+        np.testing.assert_array_equal(scaled[0], plain[0])
+        for ours, theirs in zip(scaled[1], plain[1]):
+            np.testing.assert_array_equal(ours, theirs)
+
+    def test_a_step_that_overflows_is_left_out(self):
+        step, state = self.optimize(loss_scaling=True)
+        before = [w.numpy() for w in self.model.trainable_variables]
+        scale = float(state.optimizer.dynamic_scale)
+        images, labels, weights = small_batch()
+        loss, _, norm = step(images, labels, weights * np.float32(1e37)).numpy()
+        self.assertTrue(np.isfinite(loss))
+        self.assertEqual((norm, int(state.step)), (0, 1))
+        self.assertEqual(float(state.optimizer.dynamic_scale), scale / 2)
+        for ours, theirs in zip(self.model.trainable_variables, before):
+            np.testing.assert_array_equal(ours, theirs)
+        self.assertGreater(step(images, labels, weights).numpy()[2], 0)
+
+    def test_in_half_precision_only_the_encoder_computes(self):
+        plain = self.five_steps()[0]
+        self.addCleanup(keras.config.set_dtype_policy, "float32")
+        for precision in "bfloat16", "float16":
+            keras.config.set_dtype_policy(f"mixed_{precision}")
+            half = self.five_steps(loss_scaling=precision == "float16")[0]
+            np.testing.assert_allclose(half, plain, rtol=0.05)
+            self.assertFalse(np.array_equal(half, plain))
+            pools = [y for y in self.model.layers if y.name.startswith("conv2d")]
+            self.assertEqual({y.output.dtype for y in pools}, {precision})
+            scores = [y for y in self.model.layers if "score" in y.name]
+            self.assertEqual({y.output.dtype for y in scores}, {"float32"})
+            _, state = self.optimize()
+            kinds = {v.dtype for v in [*self.model.weights, *state.optimizer.variables]}
+            self.assertLessEqual(kinds, {"float32", "int64", "int32", "uint32"})
+
+    def test_the_batch_that_fits_is_what_the_layers_put_out(self):
+        outputs = keras.Model(self.model.input, [y.output for y in self.model.layers])
+        each = sum(
+            x.numpy().nbytes for x in outputs(np.zeros((1, 32, 96, 3), np.uint8))
+        )
+        fixed = 8 * self.model.count_params()
+        for memory, fits in (
+            (fixed + 15.1 * each, 10),
+            (fixed + 1.4 * each, 0),
+            (0, 0),
+        ):
+            self.patch(helper, "free_memory", lambda memory=memory: memory)
+            self.assertEqual(main.largest_batch(self.model, (32, 96), 1), fits)
+            self.assertEqual(main.largest_batch(self.model, (32, 96), 4), 4 * fits)
 
     def test_the_loss_is_the_mean_over_valid_pixels_and_l2_is_apart(self):
         dropout = next(y for y in self.model.layers if "dropout" in y.name)
@@ -1609,7 +1732,7 @@ def kill_at(moment, signals):
     def with_kill(train_step, state):
         def step(*batch):
             result = train_step(*batch)
-            kill(int(state.step) == int(moment))
+            kill(int(state.step.numpy()) == int(moment))
             return result
 
         return step, state
@@ -1629,6 +1752,12 @@ def kill_at(moment, signals):
     else:
         new = helper, "save_inference_samples", lambda *args: kill()
     return mock.patch.object(*new)
+
+
+def own_lines(errors):
+    """Return a process's lines on stderr but for those of TensorFlow's import."""
+    remarks = re.compile(r"WARNING: All log|[IW]\d{4} |\s*$")
+    return [line for line in errors.splitlines() if not remarks.match(line)]
 
 
 class Resume(Program):
@@ -1892,6 +2021,192 @@ class Resume(Program):
 
 
 # ----------------------------------------------------------- what was trained, used
+
+
+class Devices(Program):
+    """One device, two, and two processes: the same run."""
+
+    settings = "--keep-prob", 1, "--checkpoint-minutes", 0
+
+    def workers(self, kills, *arguments, command=()):
+        """Run a process for each of `kills`, the steps at which they are killed.
+
+        Returns exit code, stdout and stderr of each; `command` are other settings of
+        the second.
+        """
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in kills]
+        addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+        for each in sockets:
+            each.close()
+        processes = []
+        for index, moment in enumerate(kills):
+            task = {"type": "worker", "index": index}
+            cluster = {"cluster": {"worker": addresses}, "task": task}
+            rest = map(str, (*arguments, *(command if index else ())))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", DRIVER, str(moment), "9", *rest],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    cwd=Path(main.__file__).parent,
+                    env=os.environ | {"TF_CONFIG": json.dumps(cluster)},
+                )
+            )
+        with ThreadPoolExecutor(len(kills)) as pool:  # none may wait for its pipe
+            said = [*pool.map(lambda each: each.communicate(timeout=200), processes)]
+        return [(each.returncode, *both) for each, both in zip(processes, said)]
+
+    def small(self, runs):
+        """Return the settings of self.main for a folder of runs of its own."""
+        paths = "--data-dir", self.folder / "data", "--runs-dir", self.folder / runs
+        size = "--image-height=32", "--image-width=96", "--epochs=2", "--vgg=random"
+        return *paths, *size, *self.settings
+
+    def outcome(self, runs):
+        (run_dir,) = (self.folder / runs).iterdir()
+        model, _ = small_model()
+        model.load_weights(run_dir / "best.weights.h5")
+        record = json.loads((run_dir / "run.json").read_text())
+        self.assertTrue(record["finished"])
+        return record, [w.numpy() for w in model.trainable_variables]
+
+    def assert_same(self, ours, theirs, replicas, workers):
+        (record, weights), (other, other_weights) = ours, theirs
+        self.assertEqual(record["device"]["replicas"], replicas)
+        self.assertEqual(record["device"]["workers"], workers)
+        self.assertEqual([epoch["step"] for epoch in record["history"]], [3, 6])
+        for epoch, expected in zip(record["history"], other["history"]):
+            for name in "loss", "l2", "gradient_norm", "holdout_loss", "MaxF", "IoU":
+                np.testing.assert_allclose(epoch[name], expected[name], rtol=1e-5)
+        for value, expected in zip(weights, other_weights):
+            error = np.linalg.norm(value - expected) / np.linalg.norm(expected)
+            self.assertLess(error, 1e-5)
+        for plane in "image", "bev":
+            for kind, measures in record["scores"][plane].items():
+                for name, value in measures.items():
+                    expected = other["scores"][plane][kind][name]
+                    self.assertAlmostEqual(value, expected, delta=1e-3 * 100)
+
+    def test_two_replicas_and_two_workers_are_as_one(self):
+        self.assertEqual(self.call(*self.small("one"))[0], 0)
+        one = self.outcome("one")
+        self.assert_same(one, one, 1, 1)
+        two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), 1
+        with mock.patch.object(main, "choose_strategy", lambda: two):
+            self.assertEqual(self.call(*self.small("two"))[0], 0)
+        self.assert_same(self.outcome("two"), one, 2, 1)
+        ends = self.workers([0, 0], *self.small("workers"))
+        self.assertEqual([end[0] for end in ends], [0, 0], ends)
+        self.assert_same(self.outcome("workers"), one, 2, 2)
+        self.assertIn("segmented test images", ends[0][1])
+        self.assertNotIn("segmented", ends[1][1])  # only the chief writes
+
+    def test_a_lost_worker_ends_the_others_and_any_number_of_them_goes_on(self):
+        self.assertEqual(self.call(*self.small("one"))[0], 0)
+        chief, lost = self.workers([0, 4], *self.small("two"))
+        self.assertEqual((chief[0], lost[0]), (1, -9), chief)
+        said = "another worker has ended: start all of them again, with --resume"
+        self.assertEqual(own_lines(chief[2]), [said])
+        (run_dir,) = (self.folder / "two").iterdir()
+        self.assertIn(f"main.py --resume {run_dir}", chief[1])
+        copy = self.folder / "alone" / run_dir.name
+        shutil.copytree(run_dir, copy)
+        ends = self.workers([0, 0], "--resume", run_dir)
+        self.assertEqual([end[0] for end in ends], [0, 0], ends)
+        self.assertEqual(self.call("--resume", copy)[0], 0)
+        for runs, replicas in ("two", 2), ("alone", 1):
+            ours = self.outcome(runs)
+            self.assertEqual(ours[0]["resumed"], [3])
+            self.assert_same(ours, self.outcome("one"), replicas, replicas)
+
+    def test_workers_that_differ_are_refused(self):
+        ends = self.workers([0, 0], *self.small("two"), command=["--batch-size", 4])
+        for code, _, errors in ends:
+            self.assertEqual(code, 1)
+            self.assertRegex(
+                own_lines(errors)[-1], "another worker has (other sett|ended)"
+            )
+        self.assertEqual(list((self.folder / "two").iterdir()), [])
+
+    def test_a_cluster_that_is_none_is_refused_with_one_line(self):
+        for text in "{", '{"cluster": 3}', '{"cluster": {"worker": ["a:1", "b:2"]}}':
+            with mock.patch.dict(os.environ, TF_CONFIG=text):
+                self.assert_refused(1, said="^TF_CONFIG: not a cluster .*: correct it")
+        with mock.patch.dict(os.environ, TF_CONFIG="{}"):
+            self.assertEqual(self.main("--epochs", 0)[0], 0)
+
+    def test_the_precision_follows_the_gpu_and_is_kept(self):
+        self.addCleanup(keras.config.set_dtype_policy, "float32")
+        auto = ((8, 0), "bfloat16"), ((9, 0), "bfloat16"), ((7, 5), "float32")
+        for capability, precision in auto:
+            self.patch(main, "compute_capability", functools.partial(tuple, capability))
+            self.assertEqual(main.prepare_device("auto")["precision"], precision)
+        self.patch(main, "compute_capability", lambda: (8, 0))
+        said = self.stopped(2, self.main)[1]
+        self.assertIn("precision bfloat16", said)
+        self.patch(main, "compute_capability", lambda: (0, 0))
+        self.assertIn("precision bfloat16", self.resume()[1])
+        self.assertEqual(self.record()["device"]["precision"], "bfloat16")
+        for epoch in self.record()["history"]:
+            self.assertTrue(0 < epoch["loss"] < 1)
+        self.assertEqual(self.main("--precision", "float16")[0], 0)
+        self.assert_refused(2, "--precision", "int8", said="int8 is not auto, float32")
+
+    def test_xla_is_left_out_where_it_does_not_work(self):
+        for capability, used in ((9, 0), True), ((10, 0), False), ((12, 0), False):
+            self.patch(main, "compute_capability", functools.partial(tuple, capability))
+            code, said, _ = self.main("--xla", "--precision", "float32", "--epochs", 1)
+            self.assertEqual((code, "XLA is off" in said), (0, not used))
+            self.assertEqual(self.record()["device"]["xla"], used)
+
+    def test_without_memory_the_batch_that_should_fit_is_named(self):
+        def train_nn(*arguments):
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM")
+
+        self.patch(main, "train_nn", train_nn)
+        said = "^out of memory with --batch-size 5: 4 should fit; set that, or lower"
+        self.assert_refused(1, said=said)
+        self.patch(main, "largest_batch", lambda *_: 2)
+        self.assert_refused(1, said="^out of memory with --batch-size 5: 2 should fit")
+
+
+class Benchmark(Program):
+    def test_flop_are_those_worked_out_by_hand(self):
+        model, _ = small_model()
+        kernels = {  # side, channels in and out, at 32x96
+            "conv2d": (9 * 9 * 3 * 8, 4 * 12),
+            "conv2d_1": (3 * 3 * 8 * 8, 2 * 6),
+            "conv2d_2": (3 * 3 * 8 * 8, 1 * 3),
+            "score_fc7": (8 * 2, 1 * 3),
+            "upscore_fc7": (4 * 4 * 2 * 2, 1 * 3),
+            "score_pool4": (8 * 2, 2 * 6),
+            "upscore_pool4": (4 * 4 * 2 * 2, 2 * 6),
+            "score_pool3": (8 * 2, 4 * 12),
+            "upscore_pool3": (16 * 16 * 2 * 2, 4 * 12),
+        }
+        expected = sorted(2 * weights * places for weights, places in kernels.values())
+        self.assertEqual(sorted(layer_flop(model, (32, 96))), expected)
+
+    def test_it_prints_a_table_and_json(self):
+        size = ["--image-height=32", "--image-width=96", "--benchmark-steps=1"]
+        paths = ["--data-dir", self.folder / "data", "--batch-size=2"]
+        done = subprocess.run(
+            [sys.executable, __file__, "--benchmark", *size, *map(str, paths)],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        *table, text = done.stdout.splitlines()
+        results = json.loads(text)
+        self.assertTrue(all(value > 0 for value in results.values()))
+        self.assertTrue(0 < results["train_share"] < 1.2)
+        shares = re.findall(r"([0-9.]+) % of the product", "".join(table))
+        expected = (results["train_share"], results["predict_share"])
+        for shown, share in zip(shares, expected, strict=True):
+            self.assertAlmostEqual(float(shown), 100 * share, places=1)
 
 
 class Use(Program):
@@ -2303,7 +2618,8 @@ def benchmark(argv):
     ours, settings = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
-        helper.maybe_draw_kitti_road(data, training=288)
+        if "--data-dir" not in argv:
+            helper.maybe_draw_kitti_road(data, training=288)
         paths = ["--vgg=random", f"--data-dir={data}", f"--runs-dir={folder}"]
         begin = [sys.executable, "-c", BENCHMARK, str(time.time())]
         command = [*begin, str(ours.benchmark_steps), *paths, *settings]
