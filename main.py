@@ -318,7 +318,8 @@ def optimize(
     `learning_rate`. Rates rise in a line over the first of `epochs` of `steps`, then
     fall in a half cosine to 0; the gradient is clipped to norm 1. The replicas of
     `strategy` share a batch. `loss_scaling` is for float16: a step whose gradient
-    overflows is left out, with norm 0. With `xla` the step is compiled, if it can be.
+    overflows is left out, with norm 0. With `xla` the step is compiled; where that
+    fails, train_step.xla becomes False.
     The state has also what train_nn counts, `epoch`, those that are over, and `totals`
     of the one that is not (loss, L2, gradient norm, seconds), and the `best` weights.
     """
@@ -368,24 +369,20 @@ def optimize(
         step.assign_add(1)
         return strategy.experimental_local_results(results)[0]
 
-    functions = [tf.function(whole_step)]
-    if xla:
-        functions.append(tf.function(whole_step, jit_compile=True))
+    functions = [tf.function(whole_step, jit_compile=jit) for jit in (None, True)]
 
     def train_step(*batch):
         try:
-            return functions[-1](*batch)
-        except (
-            tf.errors.InternalError,
-            tf.errors.InvalidArgumentError,
-            tf.errors.UnimplementedError,
-        ) as error:
-            if len(functions) == 1:
+            return functions[train_step.xla](*batch)
+        except tf.errors.OpError as error:
+            memory = isinstance(error, tf.errors.ResourceExhaustedError)
+            if not train_step.xla or memory:
                 raise
             print(f"XLA failed ({helper.first_line(error)}): going on without it")
-            functions.pop()
-            return functions[-1](*batch)
+            train_step.xla = False
+            return train_step(*batch)
 
+    train_step.xla = xla
     with tf.device("CPU"):  # a second set of weights would crowd a GPU
         progress = {
             "epoch": tf.Variable(0, dtype=tf.int64),
@@ -595,10 +592,10 @@ def largest_batch(model, image_shape, replicas):
     for each image 1.5 times what the layers put out, as measured on a CPU.
     """
     room = helper.free_memory()
-    if gpus := tf.config.list_logical_devices("GPU"):
-        limits = {each.name: each.memory_limit for each in list_local_devices()}
-        used = tf.config.experimental.get_memory_info(gpus[0].name)["current"]
-        room = limits[gpus[0].name] - used
+    if tf.config.list_logical_devices("GPU"):
+        gpu = next(each for each in list_local_devices() if each.device_type == "GPU")
+        used = tf.config.experimental.get_memory_info("GPU:0")["current"]
+        room = gpu.memory_limit - used
     image = keras.KerasTensor((1, *image_shape, 3), "uint8")
     outputs = keras.Model(model.input, [layer.output for layer in model.layers])
     sizes = [np.prod(x.shape) * tf.as_dtype(x.dtype).size for x in outputs(image)]
@@ -691,6 +688,7 @@ def run(config):
 
             def end_epoch(epoch):
                 epoch |= evaluate(model, get_holdout_fn(batch_size), strategy)
+                device["xla"] = train_step.xla
                 epoch["learning_rate"] = float(state.optimizer.learning_rate)
                 print(*(f"{name} {value:.5g}" for name, value in epoch.items()))
                 if chief:

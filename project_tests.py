@@ -1730,6 +1730,7 @@ def kill_at(moment, signals):
             os.kill(os.getpid(), signum)
 
     def with_kill(train_step, state):
+        @functools.wraps(train_step)
         def step(*batch):
             result = train_step(*batch)
             kill(int(state.step.numpy()) == int(moment))
@@ -2584,8 +2585,12 @@ def measure(
     for index, _ in enumerate(gpus):
         memory = tf.config.experimental.get_memory_info(f"GPU:{index}")
         results[f"gpu{index}_peak_bytes"] = memory["peak"]
-    results["batch_s"] = seconds(lambda: next(batches)[2], times)
-    image_shape = tuple(next(batches)[0].shape[1:3])
+
+    def batch():  # of several replicas the first part
+        return tf.nest.flatten(next(batches), expand_composites=True)[0]
+
+    image_shape = tuple(batch().shape[1:3])
+    results["batch_s"] = seconds(batch, times)
     images = np.zeros((batch_size, 375, 1242, 3), np.uint8)
     predict = helper.predict_road
     results["predict_s"] = seconds(
