@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import time
@@ -69,6 +70,8 @@ def blaming(path, what, advice):
     try:
         yield
     except (MemoryError, tf.errors.ResourceExhaustedError, ProgramError):
+        raise
+    except (tf.errors.UnavailableError, tf.errors.AbortedError):  # another worker's end
         raise
     except Exception as error:  # decoders raise what they like
         reason = first_line(error)
@@ -483,9 +486,15 @@ def free_memory():
     limits = [np.inf]
     with contextlib.suppress(OSError):
         text = Path("/proc/meminfo").read_text()
-        limits.append(1024 * int(text.partition("MemAvailable:")[2].split()[0]))
-    with contextlib.suppress(OSError, ValueError):  # a container's; "max" is none
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limits.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1]))
+    group = Path("/sys/fs/cgroup")  # of a container; "max" is no limit
+    with contextlib.suppress(OSError, ValueError):
+        used = int((group / "memory.current").read_text())
+        cached = re.search(
+            r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE
+        )
+        free = int((group / "memory.max").read_text()) - used + int(cached[1])
+        limits.append(free)
     return min(limits)
 
 

@@ -23,7 +23,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, by the import
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.client.device_lib import list_local_devices
 from tqdm import tqdm
 
 import helper
@@ -517,7 +516,8 @@ def noting_signals():
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         with contextlib.suppress(OSError):
-            os.write(1, b"stopping after this step; a second signal stops at once\n")
+            os.write(1, b"stopping after this step, several workers after this epoch; ")
+            os.write(1, b"a second signal stops at once\n")
 
     with handling_signals(note):
         yield noted
@@ -554,7 +554,8 @@ def compute_capability():
     """Return the lowest compute capability of the GPUs, (0, 0) without one."""
     gpus = tf.config.list_physical_devices("GPU")
     details = map(tf.config.experimental.get_device_details, gpus)
-    return min((each["compute_capability"] for each in details), default=(0, 0))
+    found = [each.get("compute_capability", (0, 0)) for each in details]
+    return min(found, default=(0, 0))
 
 
 def choose_strategy():
@@ -574,14 +575,19 @@ def choose_strategy():
     return tf.distribute.get_strategy(), 1
 
 
+def mean(strategy, value):
+    """Return the mean of a number over all workers, which wait for each other here."""
+    own = tf.constant(value, tf.float64)
+    return float(strategy.reduce("MEAN", strategy.run(lambda: own), axis=None))
+
+
 def agree(strategy, facts):
     """Raise ProgramError unless `facts` are the same on all workers."""
-    own = tf.constant(zlib.crc32(repr(facts).encode()), tf.float64)
-    mean = strategy.reduce("MEAN", strategy.run(lambda: own), axis=None)
-    if mean != own:
+    own = zlib.crc32(repr(facts).encode())
+    if mean(strategy, own) != own:
         raise ProgramError(
             f"another worker has other settings or data than this one, {facts}: give "
-            "all of them the same command, data and, with --resume, run folder"
+            "all of them the same command, data, weights and, with --resume, run folder"
         )
 
 
@@ -592,10 +598,9 @@ def largest_batch(model, image_shape, replicas):
     for each image 1.5 times what the layers put out, as measured on a CPU.
     """
     room = helper.free_memory()
-    if tf.config.list_logical_devices("GPU"):
-        gpu = next(each for each in list_local_devices() if each.device_type == "GPU")
-        used = tf.config.experimental.get_memory_info("GPU:0")["current"]
-        room = gpu.memory_limit - used
+    if tf.config.list_logical_devices("GPU"):  # what was had before it ran out
+        memory = tf.config.experimental.get_memory_info("GPU:0")
+        room = memory["peak"] - memory["current"]
     image = keras.KerasTensor((1, *image_shape, 3), "uint8")
     outputs = keras.Model(model.input, [layer.output for layer in model.layers])
     sizes = [np.prod(x.shape) * tf.as_dtype(x.dtype).size for x in outputs(image)]
@@ -652,6 +657,10 @@ def run(config):
         "device": device,
         "data": dict(zip(("training", "holdout", "test"), map(len, split))),
     }
+    if workers > 1:
+        own = {"vgg": vgg_path == "random", "checkpoint_minutes": None}
+        same = facts["config"] | {**device, "name": None} | facts["data"] | own
+        agree(strategy, {k: v for k, v in same.items() if not isinstance(v, Path)})
     folder = helper.run_folder(config.runs_dir, config.resume, facts, chief)
     with folder as (run_dir, record):
         with strategy.scope():
@@ -677,13 +686,9 @@ def run(config):
             if config.resume:
                 checkpoints.restore(epochs * steps)
             if workers > 1:
-                same = {
-                    k: v for k, v in facts["config"].items() if type(v) in (int, float)
-                }
-                agree(
-                    strategy,
-                    same | device | facts["data"] | {"step": int(state.step.numpy())},
-                )
+                values = [w.numpy().tobytes() for w in model.trainable_variables]
+                sums = {"weights": sum(map(zlib.crc32, values))}
+                agree(strategy, sums | {"step": int(state.step.numpy())})
             shown = next((image for image, *_ in [*holdout, *zip(test_paths)]), None)
 
             def end_epoch(epoch):
@@ -696,21 +701,25 @@ def run(config):
                     helper.keep_frame(run_dir, model, shown, image_shape, *at)
                     helper.write_epoch(run_dir, record, epoch, state)
                     checkpoints.save(60 * config.checkpoint_minutes)
+                if workers > 1 and mean(strategy, len(noted)):  # all stop, or none
+                    stop.append(noted[0] if noted else signal.SIGTERM)
 
             with noting_signals() as noted:
-                parts = *batches, train_step, steps, state, end_epoch, noted
+                stop = noted if workers == 1 else []
+                parts = *batches, train_step, steps, state, end_epoch, stop
                 try:
                     train_nn(epochs, batch_size, *parts)
                 except (MemoryError, tf.errors.ResourceExhaustedError) as error:
                     fits = largest_batch(model, image_shape, replicas)
+                    fits = min(fits, batch_size - 1)
+                    found = f"{fits} should fit; set that, or" if fits else "too many:"
                     raise ProgramError(
-                        f"out of memory with --batch-size {batch_size}: "
-                        f"{min(fits, batch_size - 1)} should fit; set that, or lower "
+                        f"out of memory with --batch-size {batch_size}: {found} lower "
                         "--image-height and --image-width"
                     ) from error
                 checkpoints.save()
-            if noted:
-                raise Stopped(noted[0])
+            if stop:
+                raise Stopped(stop[0])
         if not chief:
             return None
         helper.copy_weights(model.trainable_variables, state.best)

@@ -2029,8 +2029,8 @@ class Devices(Program):
 
     settings = "--keep-prob", 1, "--checkpoint-minutes", 0
 
-    def workers(self, kills, *arguments, command=()):
-        """Run a process for each of `kills`, the steps at which they are killed.
+    def workers(self, kills, *arguments, command=(), signum=signal.SIGKILL):
+        """Run a process for each of `kills`, the steps at which they get a signal.
 
         Returns exit code, stdout and stderr of each; `command` are other settings of
         the second.
@@ -2046,7 +2046,14 @@ class Devices(Program):
             rest = map(str, (*arguments, *(command if index else ())))
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", DRIVER, str(moment), "9", *rest],
+                    [
+                        sys.executable,
+                        "-c",
+                        DRIVER,
+                        str(moment),
+                        str(int(signum)),
+                        *rest,
+                    ],
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -2122,13 +2129,26 @@ class Devices(Program):
             self.assert_same(ours, self.outcome("one"), replicas, replicas)
 
     def test_workers_that_differ_are_refused(self):
-        ends = self.workers([0, 0], *self.small("two"), command=["--batch-size", 4])
-        for code, _, errors in ends:
-            self.assertEqual(code, 1)
-            self.assertRegex(
-                own_lines(errors)[-1], "another worker has (other sett|ended)"
-            )
-        self.assertEqual(list((self.folder / "two").iterdir()), [])
+        weights = self.folder / "other.weights.h5"
+        small_model()[0].save_weights(weights)
+        for command in ["--batch-size", 4], ["--weights", weights]:
+            ends = self.workers([0, 0], *self.small("two"), command=command)
+            for code, _, errors in ends:
+                self.assertEqual(code, 1)
+                self.assertRegex(own_lines(errors)[-1], "^another worker has (oth|end)")
+            self.assertIn("other settings", "".join(end[2] for end in ends))
+            self.assertEqual([*self.folder.glob("two/*")], [])
+
+    def test_a_signal_to_one_worker_stops_all_with_a_checkpoint(self):
+        self.assertEqual(self.call(*self.small("one"))[0], 0)
+        settings = self.small("two")[:-1] + (9,)  # none is due
+        for end in self.workers([0, 1], *settings, signum=signal.SIGTERM):
+            self.assertEqual((end[0], own_lines(end[2])), (143, ["stopped by SIGTERM"]))
+        (run_dir,) = (self.folder / "two").iterdir()
+        self.assertEqual(self.call("--resume", run_dir)[0], 0)
+        ours = self.outcome("two")
+        self.assertEqual(ours[0]["resumed"], [3])
+        self.assert_same(ours, self.outcome("one"), 1, 1)
 
     def test_a_cluster_that_is_none_is_refused_with_one_line(self):
         for text in "{", '{"cluster": 3}', '{"cluster": {"worker": ["a:1", "b:2"]}}':
@@ -2168,6 +2188,8 @@ class Devices(Program):
         self.patch(main, "train_nn", train_nn)
         said = "^out of memory with --batch-size 5: 4 should fit; set that, or lower"
         self.assert_refused(1, said=said)
+        self.patch(main, "largest_batch", lambda *_: 0)
+        self.assert_refused(1, said="^out of memory with --batch-size 5: too many: low")
         self.patch(main, "largest_batch", lambda *_: 2)
         self.assert_refused(1, said="^out of memory with --batch-size 5: 2 should fit")
 
@@ -2604,7 +2626,8 @@ def measure(
         rates.append(2 * side**3 / seconds(product, times))
     flop = layer_flop(state.model, image_shape)
     # backward: to the kernel and to the input, but for that of the first layer
-    results["train_flop"] = batch_size * (3 * sum(flop) - flop[0])
+    replicas = len(tf.nest.flatten(next(batches)[0], expand_composites=True))
+    results["train_flop"] = batch_size * (3 * sum(flop) - flop[0]) / replicas
     results["predict_flop"] = batch_size * sum(flop)
     results["matmul_flop_per_s"] = max(rates)
     print(json.dumps(results), flush=True)
@@ -2623,7 +2646,7 @@ def benchmark(argv):
     ours, settings = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
-        if "--data-dir" not in argv:
+        if "--data-dir" not in " ".join(argv):
             helper.maybe_draw_kitti_road(data, training=288)
         paths = ["--vgg=random", f"--data-dir={data}", f"--runs-dir={folder}"]
         begin = [sys.executable, "-c", BENCHMARK, str(time.time())]
