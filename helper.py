@@ -504,9 +504,10 @@ def gen_batch_function(samples, image_shape, strategy, seed=0):
     names(batch_size, step) lists a training step's files. get_batches_fn(batch_size,
     steps) is a dataset of images (B, H, W, 3) uint8, labels (B, H, W) uint8 and weights
     (B,) float32: a valid pixel's share of the batch's loss. With `steps`, a range, it
-    gives those training steps, over and over, shuffled and augmented; without, every sample once, as
-    it is, in order. Each replica of `strategy` gets an equal part of a batch, filled up
-    with void images of weight 0. Raises ProgramError for a set that does not fit into memory.
+    gives those training steps, over and over, shuffled and augmented; without, every
+    sample once, as it is, in order. Each replica of `strategy` gets an equal part of a
+    batch, filled up with void images of weight 0. Raises ProgramError for a set that
+    does not fit into memory.
     """
     count = len(samples)
     size, free = 4 * count * np.prod(image_shape, dtype=float), free_memory()
@@ -1044,7 +1045,7 @@ def run_folder(runs_dir, resume, facts, chief=True):
     writes. Raises ProgramError while another program is at work there.
     """
     if not chief:
-        yield resume or runs_dir, read_run(resume) if resume else {}
+        yield resume or runs_dir, {}
         return
     run_dir = resume or new_folder(runs_dir)
     packages = ("tensorflow", "keras", "numpy", "imageio", "pillow")

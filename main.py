@@ -686,9 +686,8 @@ def run(config):
             if config.resume:
                 checkpoints.restore(epochs * steps)
             if workers > 1:
-                values = [w.numpy().tobytes() for w in model.trainable_variables]
-                sums = {"weights": sum(map(zlib.crc32, values))}
-                agree(strategy, sums | {"step": int(state.step.numpy())})
+                total = sum(zlib.crc32(w.numpy()) for w in model.trainable_variables)
+                agree(strategy, {"weights": total, "step": int(state.step.numpy())})
             shown = next((image for image, *_ in [*holdout, *zip(test_paths)]), None)
 
             def end_epoch(epoch):

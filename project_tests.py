@@ -2094,7 +2094,7 @@ class Devices(Program):
             for kind, measures in record["scores"][plane].items():
                 for name, value in measures.items():
                     expected = other["scores"][plane][kind][name]
-                    self.assertAlmostEqual(value, expected, delta=1e-3 * 100)
+                    self.assertAlmostEqual(value, expected, delta=0.01)
 
     def test_two_replicas_and_two_workers_are_as_one(self):
         self.assertEqual(self.call(*self.small("one"))[0], 0)
