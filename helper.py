@@ -1,11 +1,15 @@
-"""Everything around the network: download, data, inference, scores, the run folder.
+"""Everything around the network: devices, download, data, inference, scores, the run.
 
 Images are RGB uint8 (H, W, 3); labels are uint8 ids (H, W): 0 background, 1 road,
-255 void. Only this module writes to the disk.
+255 void. Only this module writes to the disk. The sections stand in the order in which
+a run uses them.
 """
 
 import collections
 import contextlib
+import dataclasses
+import datetime
+import errno
 import functools
 import hashlib
 import html
@@ -13,55 +17,91 @@ import importlib.metadata
 import io
 import itertools
 import json
+import logging
+import math
 import os
 import re
 import shlex
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 import urllib.parse
+import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import imageio.v2 as imageio
-import imageio_ffmpeg  # comes with imageio[ffmpeg]
-import numpy as np
-import requests  # comes with tensorflow
-import tensorflow as tf
-import urllib3  # comes with requests
-from PIL import Image, ImageDraw, ImageOps
-from tqdm import tqdm
+from typing import NamedTuple
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows: there nothing keeps two programs off one file
-    fcntl = None
+    fcntl = resource = None
 
-VOID = 255
-IMAGES = ".png", ".jpg", ".jpeg"
-WEIGHTS = "best.weights.h5"  # of a run folder
-CHECKPOINTS = "checkpoint"  # likewise
-FRAMES = "frames"  # in there: of progress.gif
-VGG_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels.h5"
-VGG_URLS = (
-    f"https://storage.googleapis.com/tensorflow/keras-applications/vgg16/{VGG_FILE}",
-    f"https://github.com/fchollet/deep-learning-models/releases/download/v0.1/{VGG_FILE}",
-)
-VGG_SIZE = 553_467_096  # bytes
-VGG_MD5 = "64373286793e3c8b2b4e3219cbf3544b"  # the sum that Keras itself pins
-KITTI_URLS = (
-    "https://s3.eu-central-1.amazonaws.com/avg-kitti/data_road.zip",
-    "https://s3-us-west-1.amazonaws.com/udacity-selfdrivingcar/advanced_deep_learning/data_road.zip",
-)
-KITTI_COUNTS = (289, 289, 290)  # training images, road labels, test images
-CONNECT_TIMEOUT = 1.5  # seconds for one address, of which a host may have eight
-READ_TIMEOUT = 30  # seconds without a byte
-PAUSES = (1, 2, 4, 8, 16)  # seconds between tries that gain nothing
-BAR = {"unit_scale": True, "disable": None}  # of tqdm: none where there is no terminal
+# ---------------------------------------------------------------------- messages
 
 
 class ProgramError(Exception):
-    """What the user can mend: the program prints it as one line and exits with 1."""
+    """What the user can mend: the program prints it as it is and exits with 1."""
+
+
+ASKED_TO_SPEAK = "TF_CPP_MIN_LOG_LEVEL" in os.environ  # by the user
+REMARKS = []  # what TensorFlow said of itself, for when a GPU cannot be used
+
+
+@contextlib.contextmanager
+def quietly():
+    """Keep what TensorFlow writes to stderr of itself, unless something fails inside.
+
+    It does so before its log has a level, so TF_CPP_MIN_LOG_LEVEL does not help.
+    """
+    if ASKED_TO_SPEAK:
+        yield
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # read once, by the import
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except ProgramError:
+            raise
+        except Exception:
+            said.seek(0)
+            os.write(stderr, said.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            REMARKS.append(said.read().decode(errors="replace"))
+
+
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever keras.json says
+try:
+    with quietly():
+        import h5py  # comes with keras
+        import imageio_ffmpeg  # comes with imageio[ffmpeg]
+        import keras
+        import numpy as np
+        import requests  # comes with tensorflow
+        import tensorflow as tf
+        import urllib3  # comes with requests
+        from PIL import Image, ImageDraw, ImageOps
+        from tqdm import tqdm
+except KeyboardInterrupt:
+    sys.exit(130)
+keras.config.set_image_data_format("channels_last")  # likewise
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came that ends the program; its number is the argument."""
 
 
 @contextlib.contextmanager
@@ -73,6 +113,8 @@ def blaming(path, what, advice):
         raise
     except (tf.errors.UnavailableError, tf.errors.AbortedError):  # another worker's end
         raise
+    except PermissionError as error:
+        raise ProgramError(f"{path}: {error.strerror}: see who may read it") from error
     except Exception as error:  # decoders raise what they like
         reason = first_line(error)
         raise ProgramError(f"{path}: not {what} ({reason}): {advice}") from error
@@ -83,63 +125,279 @@ def first_line(error):
     return str(error).strip().partition("\n")[0][:200]
 
 
-@contextlib.contextmanager
-def beside(path):
-    """Yield where to build the file or folder `path`, for the caller to rename.
+def printable(text):
+    """Return `text` without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
-    What an earlier run left there goes first, what this one leaves goes at the end.
+
+def count_of(count, noun):
+    """Return "1 image", "2 images"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def duration(seconds):
+    """Return a time in words: "50 s", "4.1 minutes", "2.5 hours"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
+
+
+def forecast(seconds, steps, left):
+    """Say how long epochs of `steps` and `left` steps take at `seconds` a step."""
+    epoch, rest = duration(seconds * steps), duration(seconds * left)
+    return f"an epoch takes about {epoch}, what is left of the training {rest}"
+
+
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EROFS  # where nothing more can be written
+EXPECTED = (  # what may end the program; anything else is a bug, with a traceback
+    ProgramError,
+    OSError,
+    MemoryError,
+    tf.errors.ResourceExhaustedError,
+    tf.errors.UnavailableError,  # another worker's end
+    tf.errors.AbortedError,
+    KeyboardInterrupt,
+)
+
+
+def explain(error):
+    """Print to stderr which of EXPECTED ended the program; return its exit code."""
+    code = 1
+    if isinstance(error, ProgramError):
+        message = str(error)
+    elif isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)):
+        message = "out of memory: lower --batch-size, --image-height or --image-width"
+    elif isinstance(error, OSError):
+        message = f"{error.filename or 'the disk'}: {error.strerror or error}"
+        if error.errno in FULL:
+            message += ": make room, or set --data-dir and --runs-dir"
+    elif isinstance(error, KeyboardInterrupt):
+        signum = signal.Signals(*error.args or [signal.SIGINT])
+        message, code = f"stopped by {signum.name}", 128 + signum
+    else:
+        message = "another worker has ended: start all of them again, with --resume"
+    print(printable(message), file=sys.stderr)
+    return code
+
+
+class Stream:
+    """A standard stream that never ends the program: unread, it is given up."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        if self is sys.stdout:  # stderr has the bars, which steer the terminal
+            text = printable(text)
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.give_up(error)
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error):
+        with open(os.devnull, "wb") as nowhere:  # also what is still in its buffer
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+        if self is sys.stdout:
+            print(
+                f"standard output: {error.strerror}: going on without", file=sys.stderr
+            )
+
+
+def be_a_program(main):
+    """Run `main` as a program: mind streams and signals, exit with its code."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: no other file may get this number
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    for name in "stdout", "stderr":
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        setattr(sys, name, Stream(stream))
+    for signum in SIGNALS:
+        if signum == SIGNALS[-1] and signal.getsignal(signum) is signal.SIG_IGN:
+            continue  # nohup asked for that
+        signal.signal(signum, interrupt)  # scripts may start it with SIGINT ignored
+    warnings.filterwarnings("ignore")  # of Keras and Pillow: the program speaks itself
+    sys.exit(main())
+
+
+# ----------------------------------------------------------------------- signals
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)
+SAME_SIGNAL = 1  # seconds in which several signals are one
+
+
+def interrupt(signum, frame):
+    """End the program where it is."""
+    raise Stopped(signum)
+
+
+class Stop(threading.Event):
+    """Set where training is to end; `signum` is the signal that came, or None.
+
+    On several workers a signal is only noted, as all of them stop together.
     """
-    part = path.with_name(f".part.{path.name}")
+
+    def __init__(self, workers):
+        super().__init__()
+        self.workers, self.signum = workers, None
+
+    def note(self, signum, frame=None):
+        self.signum = self.signum or signum
+        if self.workers == 1:
+            self.set()
+
+
+def watch_signals(numbers, stop):
+    """Note in `stop` the first signal that comes; end the program at a second one.
+
+    `numbers` is the socket that gets each signal's number, at once: Python's own
+    handlers wait for the end of the operation, which takes seconds on a CPU.
+    """
+    came = None
+    while number := numbers.recv(1):
+        if number[0] not in SIGNALS:
+            continue
+        signum = signal.Signals(number[0])
+        if came is None:
+            came = time.monotonic()
+            stop.note(signum)
+            when = "this step" if stop.workers == 1 else "this epoch, as all workers"
+            said = f"{signum.name}: stopping after {when}, then the checkpoint is "
+            said += "written; a second signal stops at once\n"
+            with contextlib.suppress(OSError):
+                os.write(1, said.encode())
+        elif time.monotonic() - came >= SAME_SIGNAL:
+            os._exit(128 + signum)
+
+
+@contextlib.contextmanager
+def handling_signals(handler):
+    """Have `handler` handle the signals inside, but for those that are ignored."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    taken = [signum for signum in SIGNALS if before[signum] is not signal.SIG_IGN]
+    for signum in taken:
+        signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum in taken:
+            signal.signal(signum, before[signum])
+
+
+@contextlib.contextmanager
+def noting_signals(workers):
+    """Yield the Stop in which the first signal is noted."""
+    stop = Stop(workers)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # there Python takes no signals
+        return
+    inbox, outbox = socket.socketpair()
+    outbox.setblocking(False)
+    watch = threading.Thread(target=watch_signals, args=(inbox, stop))
+    watch.start()
+    before = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
+    try:
+        with handling_signals(stop.note):
+            yield stop
+    finally:
+        signal.set_wakeup_fd(before)
+        outbox.close()  # ends the watch
+        watch.join()
+        inbox.close()
+
+
+# ------------------------------------------------------------------------- files
+
+VOID = 255
+IMAGES = ".png", ".jpg", ".jpeg"
+BAR = {"unit_scale": True, "disable": None}  # of tqdm: none where there is no terminal
+
+
+@contextlib.contextmanager
+def written(path, flush=False, alone=True):
+    """Yield where to build the file or folder that replaces `path` at the end.
+
+    With `flush` it is on the disk before that, so that a power cut leaves it. What an
+    earlier program left half built goes first; where others may write `path` at the
+    same time, not `alone`, each builds its own.
+    """
+    part = path.with_name(f".part.{'' if alone else os.getpid()}{path.name}")
+    if len(os.fsencode(part.name)) > 255:
+        part = path.with_name(f".part.{zlib.crc32(os.fsencode(path.name)):08x}")
 
     def clear():
-        if part.is_dir():
+        if part.is_dir() and not part.is_symlink():
             shutil.rmtree(part)
         part.unlink(missing_ok=True)
 
     clear()
     try:
         yield part
+        if part.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        if flush:
+            flush_file(part)
+        os.replace(part, path)
     finally:
         clear()
 
 
-def flush(path):
+def flush_file(path):
     """See to it that a file is on the disk, where a power cut leaves it."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def written(path):
-    """Yield where to build the file or folder that replaces `path` at the end."""
-    with beside(path) as part:
-        yield part
-        if part.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            flush(part)
-        os.replace(part, path)
+def remove_folder(path):
+    """Remove a folder of the program's own, or the link in its place."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_image(pixels, path):
     """Write uint8 (H, W, 3) or (H, W) as PNG or JPEG, by the name; all or nothing."""
-    content = io.BytesIO()  # Pillow would not notice a disk that is full
     kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
-    Image.fromarray(pixels).save(content, kind, compress_level=3, quality=92)
     with written(path) as part:
-        part.write_bytes(content.getvalue())
+        part.write_bytes(encoded(pixels, kind))
 
 
-def ahead(task, items):
-    """Yield task(item) in order, done on all cores, a few items ahead."""
-    with ThreadPoolExecutor() as pool:
-        waiting = collections.deque()
+def encoded(pixels, kind="PNG"):
+    """Return the bytes of uint8 (H, W, 3) or (H, W) as PNG or JPEG."""
+    content = io.BytesIO()  # Pillow would not notice a disk that is full
+    # of all levels and types these are the fastest for photographs, and the smallest
+    settings = {"compress_level": 1, "compress_type": zlib.Z_RLE, "quality": 92}
+    Image.fromarray(pixels).save(content, kind, **settings)
+    return content.getvalue()
+
+
+def ahead(task, items, depth=None, workers=None):
+    """Yield task(item) in order, done in threads up to `depth` items ahead."""
+    depth = os.cpu_count() + 2 if depth is None else depth
+    pool, waiting = ThreadPoolExecutor(workers), collections.deque()
+    try:
         for item in items:
             waiting.append(pool.submit(task, item))
-            if len(waiting) > os.cpu_count() + 2:
+            if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def in_parallel(task, items, title, total=None):
@@ -149,336 +407,149 @@ def in_parallel(task, items, title, total=None):
         pass
 
 
-# ---------------------------------------------------------------------- download
+def image_files(folder):
+    """Return the images in `folder` in name order: PNG and JPEG, none hidden.
+
+    Raises ProgramError where the folder is there and cannot be read.
+    """
+    try:
+        paths = sorted(folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise ProgramError(f"{folder}: {error.strerror}: see who may read it") from None
+    return [
+        path
+        for path in paths
+        if path.suffix.lower() in IMAGES
+        and not path.name.startswith(".")
+        and path.is_file()
+    ]
 
 
 @contextlib.contextmanager
-def locked(path, wait=True):
-    """Keep other programs off `path`; the system frees the lock with the process.
-
-    Without `wait` raises ProgramError where another program holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise ProgramError(
-                        f"{path.parent}: another program works on this run: let it end"
-                    ) from None
-                print(f"{path}: another program is fetching it, waiting for that one")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def need_space(folder, size, what):
-    """Raise ProgramError unless `folder`'s disk has `size` bytes free for `what`."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise ProgramError(
-            f"{folder}: {what} takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB "
-            "are free: make room, or choose another folder"
-        )
-
-
-def _length(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def _receive(url, part, size):
-    """Ask `url` once for what `part` still lacks, and append to it what comes."""
-    have = _length(part)
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
-    timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
-    with requests.get(url, headers=headers, timeout=timeout, stream=True) as response:
-        response.raise_for_status()
-        if "text/html" in response.headers.get("Content-Type", ""):
-            raise ProgramError("a web page is there, not the file")
-        if response.status_code != 206:  # Range ignored: from the start
-            have = 0
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise requests.RequestException("other bytes than those asked for")
-        length = response.headers.get("Content-Length", "")
-        total = have + int(length) if length.isdigit() else None
-        if size and total and total != size:
-            raise ProgramError(f"{total:,} bytes long there, not {size:,}")
-        need_space(part.parent, (total or size or 0) - have, part.stem)
-        bar = tqdm(desc=part.stem, total=total, initial=have, unit="B", **BAR)
-        with open(part, "ab" if have else "wb") as file, bar:
-            while chunk := response.raw.read1(1 << 20):  # what is there: a cut
-                file.write(chunk)  # loses nothing
-                bar.update(len(chunk))
-
-
-def _fetch(url, part, size):
-    """Fill `part` from `url`, in as many requests as it takes."""
-    connected, failures, reached = False, 0, _length(part)
-    while True:
-        try:
-            return _receive(url, part, size)
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            response = getattr(error, "response", None)
-            status = 0 if response is None else response.status_code
-            if status == 416:  # all of it is here, or more than there is
-                part.unlink(missing_ok=True)
-            gained = _length(part) > reached  # further than ever: no endless circle
-            reached = max(reached, _length(part))
-            failures = 0 if gained else failures + 1
-            connected = connected or not isinstance(error, requests.ConnectionError)
-            hopeless = 400 <= status < 500 and status not in (408, 416, 429)
-            if hopeless or failures > (len(PAUSES) if connected else 1):
-                cause = error.args[0] if error.args else error
-                cause = str(getattr(cause, "reason", cause))
-                raise ProgramError(cause.rpartition(">: ")[2]) from error
-            time.sleep(PAUSES[max(failures - 1, 0)])
-
-
-def download(urls, path, size=None, md5=None):
-    """Fetch `path` from the first of `urls` that delivers it, unless it is there.
-
-    Bytes go to `path` + ".part", which a later call resumes, and become `path` once
-    their number and sum are those of `size` (bytes) and `md5`, where given. Raises
-    ProgramError with every URL and its reason.
-    """
-    if path.exists():
-        return
-    part = path.with_name(path.name + ".part")
-    reasons = []
-    with locked(path):
-        for url in () if path.exists() else urls:
-            print(f"downloading {url}")
-            try:
-                if not size or _length(part) != size:
-                    _fetch(url, part, size)
-                with open(part, "rb") as file:
-                    found = hashlib.file_digest(file, "md5").hexdigest() if md5 else md5
-                if _length(part) == (size or _length(part)) and found == md5:
-                    return os.replace(part, path)
-                wrong = f"{_length(part)} bytes with md5 {found}, not {size} with {md5}"
-                part.unlink()
-                raise ProgramError(f"a wrong file, removed: {wrong}")
-            except ProgramError as error:
-                reasons.append(f"{url}: {error}")
-                if not md5 and url != urls[-1]:
-                    part.unlink(missing_ok=True)  # nothing shows that the next fits on
-    if reasons:
-        raise ProgramError(
-            f"{path} could not be downloaded ({'; '.join(reasons)}): put the file "
-            "there by hand, or try the program without it: python main.py --demo"
-        )
-
-
-def maybe_download_pretrained_vgg(data_dir):
-    """Return the path of VGG-16's ImageNet weights, downloaded if missing."""
-    path = data_dir / VGG_FILE
-    download(VGG_URLS, path, VGG_SIZE, VGG_MD5)
-    return path
-
-
-def maybe_download_kitti_road(data_dir):
-    """Make sure that `data_dir`/data_road holds KITTI Road, downloaded if missing."""
-    folder, archive = data_dir / "data_road", data_dir / "data_road.zip"
-    if not folder.exists():
-        print("KITTI Road: CC BY-NC-SA 3.0, for non-commercial use; cvlibs.net")
-        with locked(folder):
-            if not folder.exists():
-                download(KITTI_URLS, archive)
-                _unpack(archive, folder)
-    images, labels = "image_2/[!.]*.png", "gt_image_2/[!.]*_road_*.png"
-    patterns = f"training/{images}", f"training/{labels}", f"testing/{images}"
-    counts = tuple(len(list(folder.glob(pattern))) for pattern in patterns)
-    if counts != KITTI_COUNTS:
-        words = "{} training images, {} road labels, {} test images"
-        full = words.format(*KITTI_COUNTS)
-        print(f"{folder}: {words.format(*counts)}; the full set: {full}")
-
-
-def _unpack(archive, folder):
-    """Unpack `archive` beside `folder`, rename its data_road to `folder`, remove it."""
+def decoration(what):
+    """Go on without `what` where it fails: it only shows what a run does."""
     try:
-        with beside(folder) as part, zipfile.ZipFile(archive) as content:
-            unpacked = sum(entry.file_size for entry in content.infolist())
-            need_space(archive.parent, unpacked, f"unpacking {archive.name}")
-            for entry in tqdm(content.infolist(), desc="unpacking", disable=None):
-                content.extract(entry, part)  # checks the CRC, stays inside
-            if not (part / "data_road" / "training" / "image_2").is_dir():
-                raise zipfile.BadZipFile("no data_road/training/image_2 in it")
-            os.replace(part / "data_road", folder)
-    except (OSError, ProgramError, MemoryError):
-        raise
-    except Exception as error:  # zipfile and its decoders raise what they like
-        archive.unlink()
-        raise ProgramError(
-            f"{archive} was damaged ({error}) and is removed: start the program "
-            f"again to download it, or unpack KITTI Road into {folder} by hand"
-        ) from error
-    archive.unlink()
+        yield
+    except Exception as error:  # noqa: BLE001 (whatever it is, the run goes on)
+        print(f"without {what}: {printable(first_line(error))}")
 
 
-# -------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------- devices
 
 
-def read_image(path):
-    """Return the image at `path` as RGB uint8 (H, W, 3), upright, whatever its mode."""
-    with (
-        blaming(path, "a readable image", "replace or remove it"),
-        Image.open(path) as image,
-    ):
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        return np.asarray(image.convert("RGB"))
+@dataclasses.dataclass
+class Device:
+    """What computes: a CPU, a GPU, several, or those of several workers."""
 
-
-def read_label(path):
-    """Return the ids (H, W) uint8 of a KITTI ground truth image.
-
-    The benchmark's meaning: red is validity, blue is road. Blue without red is road
-    outside the valid area, hence void.
-    """
-    red, _, blue = np.moveaxis(read_image(path), -1, 0)
-    return np.where(red > 0, blue > 0, VOID).astype(np.uint8)
-
-
-def check_size(label_path, label, image):
-    """Raise ProgramError unless a label has the size of its image."""
-    if image.shape[:2] != label.shape:
-        raise ProgramError(
-            f"{label_path} is {label.shape[1]}x{label.shape[0]}, its image "
-            f"{image.shape[1]}x{image.shape[0]}: replace the label"
-        )
-
-
-def resize_image(images, image_shape):
-    """Resize uint8 images (..., H, W, 3) to `image_shape`, uint8 again."""
-    x = tf.image.resize(images, image_shape, antialias=True)
-    return tf.saturate_cast(tf.round(x), tf.uint8)
-
-
-def resize_label(label, image_shape):
-    """Resize ids (H, W) to `image_shape` by nearest neighbour: ids do not blend."""
-    return tf.image.resize(label[..., None], image_shape, method="nearest")[..., 0]
-
-
-def category(path):
-    """Return the category of a KITTI file: "um_000000.png" -> "um"."""
-    return path.stem.rpartition("_")[0]
-
-
-def road_name(path):
-    """Return the name of an image's labels and confidences: "um_road_000000.png"."""
-    return "_road_".join(path.name.rsplit("_", 1))
-
-
-def find_images(data_dir, holdout_fraction, batch_size, submission=False):
-    """Return the training and hold-out images with their labels, and the test images.
-
-    All of them paths in name order. Raises ProgramError for an image without label,
-    for fewer training images than `batch_size`, for a broken calibration, and, where a
-    `submission` is asked for, for a test image without one.
-    """
-    folder = data_dir / "data_road" / "training"
-    samples = []
-    for image in sorted((folder / "image_2").glob("[!.]*.png")):
-        label = folder / "gt_image_2" / road_name(image)
-        if not label.exists():
-            lane = label.with_name(label.name.replace("_road_", "_lane_"))
-            other = f" ({lane.name} is another task)" if lane.exists() else ""
-            raise ProgramError(f"{image} has no label {label}{other}: add the label")
-        samples.append((image, label))
-    if not samples:
-        raise ProgramError(
-            f"no images in {folder / 'image_2'}: unpack data_road.zip into {data_dir}, "
-            f"or remove {data_dir / 'data_road'} and let the program download it"
-        )
-    training, holdout = split_holdout(samples, holdout_fraction)
-    if batch_size > len(training):
-        raise ProgramError(
-            f"--batch-size {batch_size} is more than the {len(training)} training "
-            f"images of {data_dir}: lower it, or --holdout-fraction"
-        )
-    if not holdout:
-        print("no hold-out: no scores, and the last weights count as the best")
-    tests = sorted((data_dir / "data_road/testing/image_2").glob("[!.]*.png"))
-    for path in tests:  # now, not after hours of training
-        unreadable = blaming(path, "a readable image", "replace or remove it")
-        with unreadable, Image.open(path) as image:
-            image.verify()
-    for image, _ in holdout:
-        read_homography(image)
-    missing = [path for path in tests if submission and read_homography(path) is None]
-    if missing or submission and not tests:
-        first = f"{missing[0].stem}.txt" if missing else "test images"
-        raise ProgramError(
-            f"{data_dir / 'data_road/testing'} has no {first} ({len(missing)} of "
-            f"{len(tests)} are missing): add them, or leave --submission out"
-        )
-    return training, holdout, tests
-
-
-def read_homography(image_path):
-    """Return the map (3, 3) from the road plane to an image, None if not calibrated.
-
-    It takes (x right, z ahead, 1), metres, to homogeneous pixels (u, v, 1), the first
-    of which is 1: columns 0, 2 and 3 of P2 R0_rect inv(Tr_cam_to_road), as the plane
-    is y = 0.
-    """
-    path = image_path.parent.parent / "calib" / f"{image_path.stem}.txt"
-    if not path.exists():
-        return None
-    with blaming(path, "a calibration of KITTI Road", "replace or remove it"):
-        lines = (line.partition(":") for line in path.read_text().splitlines())
-        numbers = {name: np.array(rest.split(), float) for name, _, rest in lines}
-        rectification, to_road = np.eye(4), np.eye(4)
-        rectification[:3, :3] = numbers["R0_rect"].reshape(3, 3)
-        to_road[:3] = numbers["Tr_cam_to_road"].reshape(3, 4)
-        camera = numbers["P2"].reshape(3, 4) @ rectification
-        return np.asarray_chkfinite(camera @ np.linalg.inv(to_road))[:, [0, 2, 3]]
-
-
-def split_holdout(samples, fraction):
-    """Return (training, hold-out): the last `fraction` of each category in name order.
-
-    With 1/6 of the full set these are the 48 images of KittiSeg's val3 list; and
-    neighbouring frames, nearly equal, stay on one side.
-    """
-    training, holdout = [], []
-    by_category = sorted(samples, key=lambda sample: category(sample[0]))
-    for _, group in itertools.groupby(by_category, lambda sample: category(sample[0])):
-        group = list(group)
-        cut = len(group) - round(len(group) * fraction)
-        training += group[:cut]
-        holdout += group[cut:]
-    return training, holdout
-
-
-def batch_rows(step, count, batch_size, seed):
-    """Return the rows (B,) that make up training step `step`: a function of the step.
-
-    Every epoch goes through its own permutation of the `count` samples and drops the
-    incomplete batch at its end.
-    """
-    steps_per_epoch = count // batch_size
-    order = tf.random.experimental.stateless_shuffle(
-        tf.range(count), seed=[seed, step // steps_per_epoch]
+    name: str = "CPU"
+    precision: str = "float32"
+    xla: bool = False
+    workers: int = 1
+    strategy: tf.distribute.Strategy = dataclasses.field(
+        default_factory=tf.distribute.get_strategy
     )
-    return order[step % steps_per_epoch * batch_size :][:batch_size]
+
+    @property
+    def replicas(self):
+        """How many devices share a batch, over all workers."""
+        return self.strategy.num_replicas_in_sync
+
+    @property
+    def chief(self):
+        """Whether this worker is the one that writes."""
+        return self.strategy.extended.should_checkpoint
+
+    def facts(self):
+        """Return what run.json says of it."""
+        names = "name", "precision", "replicas", "workers", "xla"
+        return {name: getattr(self, name) for name in names}
+
+    def mean(self, value):
+        """Return the mean of a number over all workers, which wait for each other."""
+        mine = tf.constant(value, tf.float64)
+        values = self.strategy.run(tf.identity, args=(mine,))
+        return float(self.strategy.reduce("MEAN", values, axis=None))
+
+    def agree(self, facts):
+        """Raise ProgramError unless `facts` are the same on all workers."""
+        mine = zlib.crc32(repr(facts).encode())
+        if self.mean(mine) != mine:
+            raise ProgramError(
+                f"another worker has other settings or data than this one, {facts}: "
+                "give all of them the same command, data, weights and, with --resume, "
+                "run folder"
+            )
 
 
-def augment(images, labels, draws):
-    """Flip half of the images, with their labels, and jitter contrast and brightness.
+def prepare_device(precision="auto", xla=False, deterministic=False):
+    """Return the Device, with the precision set for all that is built from here on.
 
-    Images (B, H, W, 3) uint8, labels (B, H, W) uint8; `draws` (3, B) in [0, 1).
+    To be called before any use of a device. `precision` "auto" is bfloat16 on GPUs that
+    compute with it, float32 elsewhere. Speaks of a GPU that TensorFlow cannot use.
     """
-    flip, contrast, brightness = tf.unstack(draws[..., None, None, None])
-    both = tf.concat([images, labels[..., None]], axis=-1)  # flipped as one
-    both = tf.where(flip < 0.5, both[:, :, ::-1], both)
-    x, labels = tf.cast(both[..., :3], tf.float32), both[..., 3]
-    mean = tf.reduce_mean(x, (1, 2, 3), keepdims=True)
-    x = (x - mean) * (0.8 + 0.4 * contrast) + mean + 50 * (brightness - 0.5)
-    return tf.saturate_cast(tf.round(x), tf.uint8), labels
+    with quietly():
+        gpus = tf.config.list_physical_devices("GPU")
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        if not gpus:  # one convolution after the other, each on all cores
+            tf.config.threading.set_inter_op_parallelism_threads(1)
+        strategy, workers = choose_strategy()
+        tf.config.list_logical_devices()
+    if not gpus and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
+        print(*REMARKS, sep="", end="", file=sys.stderr)
+        print("TensorFlow cannot use the NVIDIA GPU, so the CPU works. To mend it: pip")
+        print(
+            "install -r requirements.txt in a new environment; nvidia-smi lists the GPU"
+        )
+    if precision == "auto":
+        precision = "bfloat16" if compute_capability() >= (8, 0) else "float32"
+    mixed = "" if precision == "float32" else "mixed_"
+    keras.config.set_dtype_policy(mixed + precision)
+    device = Device(precision=precision, workers=workers, strategy=strategy)
+    device.name = f"CPU, {count_of(os.cpu_count(), 'core')}"
+    if gpus:
+        details = tf.config.experimental.get_device_details(gpus[0])
+        device.name = details.get("device_name", gpus[0].name)
+    device.xla = xla and device.replicas == 1 and compute_capability() < (10, 0)
+    shared = f", {device.replicas} replicas" if device.replicas > 1 else ""
+    shared += f" on {workers} workers" if workers > 1 else ""
+    print(device.name + shared, precision + (", XLA" if device.xla else ""), sep=", ")
+    if xla and not device.xla:
+        print("XLA is off: it works on one replica, and not on Blackwell GPUs")
+    if deterministic:
+        print("deterministic: the same bits on every run, at a lower speed on a GPU")
+        tf.config.experimental.enable_op_determinism()
+    return device
+
+
+def compute_capability():
+    """Return the lowest compute capability of the GPUs, (0, 0) without one."""
+    gpus = tf.config.list_physical_devices("GPU")
+    details = map(tf.config.experimental.get_device_details, gpus)
+    found = [each.get("compute_capability", (0, 0)) for each in details]
+    return min(found, default=(0, 0))
+
+
+def choose_strategy():
+    """Return the strategy for this machine's GPUs and TF_CONFIG's, and its workers."""
+    if "TF_CONFIG" in os.environ:
+        advice = "correct it, or unset it to train on this machine alone"
+        with blaming("TF_CONFIG", "a cluster", advice):
+            resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+            jobs = resolver.cluster_spec().as_dict()
+            workers = len(jobs.get("chief", [])) + len(jobs.get("worker", []))
+            if workers > 1:
+                print(f"waiting until all {workers} workers are there", flush=True)
+                with handling_signals(signal.SIG_DFL):  # it waits where no Python runs
+                    return tf.distribute.MultiWorkerMirroredStrategy(), workers
+    if len(tf.config.list_physical_devices("GPU")) > 1:
+        return tf.distribute.MirroredStrategy(), 1
+    return tf.distribute.get_strategy(), 1
+
+
+def host():
+    """Return the scope of this machine's CPU; a scope holds for its own thread only."""
+    return tf.device(tf.config.list_logical_devices("CPU")[0].name)
 
 
 def free_memory():
@@ -498,92 +569,373 @@ def free_memory():
     return min(limits)
 
 
-def gen_batch_function(samples, image_shape, strategy, seed=0):
-    """Decode and resize `samples` once; return get_batches_fn and names over them.
+def peak_memory():
+    """Return the most bytes that this process, or its GPU's memory, has held."""
+    if tf.config.list_logical_devices("GPU"):
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
 
-    names(batch_size, step) lists a training step's files. get_batches_fn(batch_size,
-    steps) is a dataset of images (B, H, W, 3) uint8, labels (B, H, W) uint8 and weights
-    (B,) float32: a valid pixel's share of the batch's loss. With `steps`, a range, it
-    gives those training steps, over and over, shuffled and augmented; without, every
-    sample once, as it is, in order. Each replica of `strategy` gets an equal part of a
-    batch, filled up with void images of weight 0. Raises ProgramError for a set that
-    does not fit into memory.
+
+def largest_batch(model, image_shape, replicas):
+    """Return the batch size that should fit into the memory that is free now.
+
+    Beside weights and moments a step holds the gradient twice, for the clipping, and
+    for each image 1.5 times what the layers put out, as measured on a CPU.
     """
-    count = len(samples)
-    size, free = 4 * count * np.prod(image_shape, dtype=float), free_memory()
-    if size > free:
+    room = free_memory()
+    if tf.config.list_logical_devices("GPU"):  # what was had before it ran out
+        memory = tf.config.experimental.get_memory_info("GPU:0")
+        room = memory["peak"] - memory["current"]
+    image = keras.KerasTensor((1, *image_shape, 3), "uint8")
+    outputs = keras.Model(model.input, [layer.output for layer in model.layers])
+    sizes = [np.prod(x.shape) * tf.as_dtype(x.dtype).size for x in outputs(image)]
+    return max(int((room - 8 * model.count_params()) / sum(sizes) / 1.5), 0) * replicas
+
+
+@contextlib.contextmanager
+def naming_the_batch_that_fits(model, image_shape, batch_size, replicas):
+    """Turn a lack of memory inside into a ProgramError that says what should fit."""
+    try:
+        yield
+    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+        fits = min(largest_batch(model, image_shape, replicas), batch_size - 1)
+        found = f"{fits} should fit; set that, or" if fits else "too many:"
         raise ProgramError(
-            f"{count} images of {image_shape[1]}x{image_shape[0]} take "
-            f"{size / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free: lower "
-            "--image-height and --image-width, or use fewer images"
+            f"out of memory with --batch-size {batch_size}: {found} lower "
+            "--image-height and --image-width"
+        ) from error
+
+
+# ---------------------------------------------------------------------- download
+
+VGG_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels.h5"
+VGG_URLS = (
+    f"https://storage.googleapis.com/tensorflow/keras-applications/vgg16/{VGG_FILE}",
+    f"https://github.com/fchollet/deep-learning-models/releases/download/v0.1/{VGG_FILE}",
+)
+VGG_SIZE = 553_467_096  # bytes
+VGG_MD5 = "64373286793e3c8b2b4e3219cbf3544b"  # the sum that Keras itself pins
+KITTI_URLS = (
+    "https://s3.eu-central-1.amazonaws.com/avg-kitti/data_road.zip",
+    "https://s3-us-west-1.amazonaws.com/udacity-selfdrivingcar/advanced_deep_learning/data_road.zip",
+)
+CONNECT_TIMEOUT = 1.5  # seconds for one address, of which a host may have eight
+READ_TIMEOUT = 30  # seconds without a byte
+PAUSES = (1, 2, 4, 8, 16)  # seconds between tries that gain nothing
+KITTI_PAGE = "https://www.cvlibs.net/datasets/kitti/eval_road.php"
+MAX_FETCHED = 10**9  # bytes of a file of unknown size: KITTI Road's zip has 471 MB
+MAX_UNPACKED = 4 * 10**9  # bytes, likewise
+MAX_ENTRIES = 20_000  # files and folders, likewise: it has about 1600
+SLOWEST = 4000  # bytes a second: slower is as bad as a stall
+WINDOW = 120  # seconds over which this is measured
+
+
+class SourceError(Exception):
+    """Why a source does not deliver a file, however often it is asked."""
+
+
+@contextlib.contextmanager
+def locked(path, wait=True):
+    """Keep other programs off `path`; the system frees the lock with the process.
+
+    Raises ProgramError where nothing can be written beside `path` and, without `wait`,
+    where another program holds the lock.
+    """
+    name, held = path.with_name(f".{path.name}.lock"), False
+    while not held:
+        with _lock_file(name) as lock:
+            if fcntl:
+                _acquire(lock, path, wait)
+            held = not fcntl or _is_at(lock, name)
+            try:
+                if held:
+                    yield
+            finally:
+                if fcntl and _is_at(lock, name):
+                    name.unlink(missing_ok=True)
+
+
+def _lock_file(name):
+    """Open the file `name` for a lock, in a folder that is made if missing."""
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        return open(name, "w") if fcntl else contextlib.nullcontext()
+    except OSError as error:
+        file = isinstance(error, FileExistsError)
+        reason = "a file or a broken link, not a folder" if file else error.strerror
+        raise ProgramError(
+            f"{name.parent}: {reason}: name a folder to write to"
+        ) from error
+
+
+def _acquire(lock, path, wait):
+    """Lock the open file `lock`, which keeps others off `path`."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        place = path if wait else path.parent
+        if not wait:
+            raise ProgramError(
+                f"{place}: another program works on this run: let it end"
+            ) from None
+        print(f"{place}: another program is fetching it, waiting for that one")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _is_at(lock, name):
+    """Say so if the open file `lock` is what `name` is: who held it has removed it."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(name))
+    except FileNotFoundError:
+        return False
+
+
+def need_space(folder, size, what):
+    """Raise ProgramError unless `folder`'s disk has `size` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ProgramError(
+            f"{folder}: {what} takes {size / 1e6:,.0f} MB and "
+            f"{free / 1e6:,.0f} MB are free: make room, or choose another folder"
         )
-    with tf.device("CPU"):  # variables: each dataset would copy a constant
-        images = tf.Variable(tf.zeros((count, *image_shape, 3), tf.uint8))
-        labels = tf.Variable(tf.zeros((count, *image_shape), tf.uint8))
-    valid = np.zeros(count, np.float32)  # pixels
 
-    def decode(row):
-        image, label = read_image(samples[row][0]), read_label(samples[row][1])
-        check_size(samples[row][1], label, image)
-        with tf.device("CPU"):  # a scope holds for its own thread only
-            label = resize_label(label, image_shape)
-            image = resize_image(image, image_shape)
-            images.scatter_update(tf.IndexedSlices(image[None], [row]))
-            labels.scatter_update(tf.IndexedSlices(label[None], [row]))
-        valid[row] = np.count_nonzero(label != VOID)
 
-    in_parallel(decode, range(count), "decoding")
+def _length(path):
+    return path.stat().st_size if path.exists() else 0
 
-    def get_batches_fn(batch_size, steps=None):
-        training = steps is not None
-        if not training:
-            batch_size = min(batch_size, max(count, 1))
-            steps = range(-(-count // batch_size))
 
-        def shares(context):
-            """Return the dataset of a worker: what its replicas get, one by one."""
-            replicas = context.num_replicas_in_sync
-            local = replicas // context.num_input_pipelines
-            first = local * context.input_pipeline_id
-            size = -(-batch_size // replicas)
+def _receive(url, part, size):
+    """Ask `url` once for what `part` still lacks, and append to it what comes.
 
-            def share(index):
-                step, replica = index // local, first + index % local
-                if training:
-                    rows = batch_rows(step, count, batch_size, seed)
-                else:
-                    rows = tf.range(count)[step * batch_size :][:batch_size]
-                pixels = tf.reduce_sum(tf.gather(valid, rows))
-                weight = tf.math.divide_no_nan(1.0, pixels)
-                places = replica * size + tf.range(size, dtype=tf.int64)
-                real = places < tf.size(rows, tf.int64)
-                places = tf.where(real, places, 0)
-                rows = tf.gather(rows, places)
-                x, y = tf.gather(images, rows), tf.gather(labels, rows)
-                if training:
-                    draws = tf.random.stateless_uniform((3, batch_size), [seed, step])
-                    x, y = augment(x, y, tf.gather(draws, places, axis=1))
-                y = tf.where(real[:, None, None], y, VOID)
-                return x, y, tf.where(real, weight, 0)
+    Raises SourceError where there is no use in another try, else RequestException,
+    HTTPError, or, where a header makes no sense to requests, ValueError.
+    """
+    have, limit = _length(part), size or MAX_FETCHED
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
+    with requests.get(url, headers=headers, timeout=timeout, stream=True) as response:
+        status, given = response.status_code, response.headers
+        span = given.get("Content-Range", "")
+        if status == 416 and have and not size and span == f"bytes */{have}":
+            return  # it is whole, as nothing else can tell
+        response.raise_for_status()
+        if "text/html" in given.get("Content-Type", "").lower():
+            raise SourceError("a web page is there, not the file")
+        if status not in (200, 206):
+            raise SourceError(f"no file comes with the status {status}")
+        if status == 200:  # Range ignored: from the start
+            have = 0
+        elif not span.startswith(f"bytes {have}-"):
+            raise requests.RequestException("other bytes than those asked for")
+        length = re.fullmatch("[0-9]{1,15}", given.get("Content-Length", ""))
+        total = have + int(length[0]) if length else None
+        if size and total not in (None, size):
+            raise SourceError(f"{total:,} bytes long there, not {size:,}")
+        if (total or 0) > limit:
+            raise SourceError(f"{total:,} bytes long there, more than {limit:,}")
+        need_space(part.parent, (total or size or 0) - have, part.stem)
+        bar = tqdm(desc=part.stem, total=total, initial=have, unit="B", **BAR)
+        began, before = time.monotonic(), have
+        with open(part, "ab" if have else "wb") as file, bar:
+            # read1 gives what is there: a cut loses nothing
+            while chunk := response.raw.read1(min(1 << 20, limit + 1 - have)):
+                file.write(chunk)
+                bar.update(len(chunk))
+                have += len(chunk)
+                if time.monotonic() > began + WINDOW:
+                    if have - before < SLOWEST * WINDOW:
+                        raise requests.Timeout(f"under {SLOWEST} bytes a second")
+                    began, before = time.monotonic(), have
+        if have > limit:
+            part.unlink()
+            raise SourceError(f"more than {limit:,} bytes come")
+        if have < (size or 0):
+            raise requests.RequestException(f"it ended after {have:,} bytes")
 
-            dataset = tf.data.Dataset.range(steps.start * local, steps.stop * local)
-            if training:  # workers would have to agree on an end at every step
-                dataset = dataset.repeat()
-            dataset = dataset.map(share, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
-            if replicas == 1:  # several fetch to their devices themselves
-                gpus, cpus = map(tf.config.list_logical_devices, ("GPU", "CPU"))
-                device = [*gpus, *cpus][0].name
-                dataset = dataset.apply(tf.data.experimental.prefetch_to_device(device))
-            return dataset
 
-        return strategy.distribute_datasets_from_function(shares)
+def _fetch(url, part, size):
+    """Fill `part` from `url`, in as many requests as it takes."""
+    connected, failures, reached = False, 0, _length(part)
+    problems = requests.RequestException, urllib3.exceptions.HTTPError, ValueError
+    began = time.monotonic()
+    while True:
+        try:
+            return _receive(url, part, size)
+        except problems as error:
+            response = getattr(error, "response", None)
+            status = 0 if response is None else response.status_code
+            if status == 416:  # more than there is
+                part.unlink(missing_ok=True)
+            gain = _length(part) - reached  # further than ever: no endless circle
+            slow = gain < SLOWEST * (time.monotonic() - began)  # nor one of years
+            reached += max(gain, 0)
+            failures = failures + 1 if slow or gain <= 0 else 0
+            connected = connected or not isinstance(error, requests.ConnectionError)
+            hopeless = 400 <= status < 500 and status not in (408, 416, 429)
+            hopeless = hopeless or isinstance(error, ValueError)
+            if hopeless or failures > (len(PAUSES) if connected else 1):
+                cause = error.args[0] if error.args else error
+                cause = cause if isinstance(cause, Exception) else error
+                cause = str(getattr(cause, "reason", cause)).rpartition(">: ")[2]
+                raise SourceError(cause) from error
+            began = time.monotonic()
+            time.sleep(PAUSES[max(failures - 1, 0)])
 
-    def names(batch_size, step):
-        rows = batch_rows(step, count, batch_size, seed)
-        return [samples[row][0].name for row in rows]
 
-    return get_batches_fn, names
+def download(urls, path, size=None, md5=None, source=None):
+    """Fetch `path` from the first of `urls` that delivers it, unless it is there.
 
+    Returns True if that is where it is from, and not from another program or a person.
+    Bytes go to `path` + ".part", which a later call resumes, and become `path` once
+    their number and sum are those of `size` (bytes) and `md5`, where given. Raises
+    ProgramError with a line for each URL and its reason, and what to do: `source` says
+    where a person gets the file, if not at the first URL.
+    """
+    if path.exists():
+        return False
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns with tracebacks
+    part = path.with_name(path.name + ".part")
+    reasons = []
+    with locked(path):
+        for url in () if path.exists() else urls:
+            print(f"downloading {url}")
+            try:
+                if not size or _length(part) != size:
+                    _fetch(url, part, size)
+                with open(part, "rb+") as file:
+                    found = hashlib.file_digest(file, "md5").hexdigest() if md5 else md5
+                    os.fsync(file.fileno())  # no power cut leaves half of it as whole
+                if _length(part) == (size or _length(part)) and found == md5:
+                    if path.exists():  # someone was faster by hand: theirs stays
+                        part.unlink()
+                        return False
+                    os.replace(part, path)
+                    return True
+                wrong = f"{_length(part)} bytes with md5 {found}, not {size} with {md5}"
+                part.unlink()
+                raise SourceError(f"a wrong file, removed: {wrong}")
+            except SourceError as error:
+                reasons.append(f"  {url}: {first_line(error)}")
+                if not md5 and url != urls[-1]:
+                    part.unlink(missing_ok=True)  # nothing shows that the next fits on
+    if reasons:
+        raise ProgramError(
+            "\n".join([f"{path} could not be downloaded:", *reasons])
+            + _by_hand(path, source or urls[0])
+        )
+    return False
+
+
+def _by_hand(path, source):
+    return (
+        f"\nput it there by hand: {path.absolute()}\nfrom {source}\n"
+        "or try the program without it: python main.py --demo"
+    )
+
+
+def maybe_download_pretrained_vgg(data_dir):
+    """Return the path of VGG-16's ImageNet weights, downloaded if missing."""
+    path = data_dir / VGG_FILE
+    source = f"{VGG_URLS[0]}\nor name a file that you have: --vgg FILE"
+    download(VGG_URLS, path, VGG_SIZE, VGG_MD5, source)
+    return path
+
+
+def maybe_download_kitti_road(data_dir):
+    """Make sure that `data_dir`/data_road holds KITTI Road, downloaded if missing."""
+    folder, archive = data_dir / "data_road", data_dir / "data_road.zip"
+    if not folder.exists():
+        _check_place(data_dir, folder, archive)
+        print("KITTI Road: CC BY-NC-SA 3.0, for non-commercial use; cvlibs.net")
+        with locked(folder):
+            if not folder.exists():
+                _unpack(archive, folder)
+
+
+def _check_place(data_dir, *paths):
+    """Raise ProgramError where the data set cannot become `data_dir`/data_road."""
+    here = Path(os.path.realpath(data_dir))
+    if here.name == "data_road" or (here / "training" / "image_2").is_dir():
+        name = "" if here.name == "data_road" else "call it data_road and "
+        raise ProgramError(
+            f"{data_dir} is the data set itself: {name}name its parent: "
+            f"--data-dir {shlex.quote(str(here.parent))}"
+        )
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise ProgramError(
+                f"{path} links to {os.readlink(path)}, which is "
+                "not there: provide that, or remove the link"
+            )
+
+
+def _unpack(archive, folder):
+    """Unpack KITTI Road from `archive` as `folder`, all or nothing.
+
+    A missing `archive` is downloaded, and removed at the end or where it is damaged;
+    one that was there is the user's and stays.
+    """
+    source = f'{KITTI_PAGE}, "Download base kit"'
+    ours = download(KITTI_URLS, archive, source=source)
+    try:
+        with zipfile.ZipFile(archive) as content:
+            entries = _data_set(content)
+    except Exception as error:  # zipfile and its decoders raise what they like
+        reason = first_line(error) or type(error).__name__
+        if not ours:
+            raise ProgramError(
+                f"{archive}: not a zip of KITTI Road ({reason}): replace "
+                "it, or remove it and let the program download it"
+            ) from error
+        archive.unlink()
+        raise ProgramError(
+            f"{archive} was damaged ({reason}) and is removed: start the "
+            "program again to download it, or" + _by_hand(archive, source)
+        ) from error
+    unpacked = sum(entry.file_size for entry in entries)
+    need_space(archive.parent, unpacked, f"unpacking {archive.name}")
+    with written(folder) as part, zipfile.ZipFile(archive) as content:
+        for entry in tqdm(entries, desc="unpacking", disable=None):
+            content.extract(entry, part)
+    if ours:
+        archive.unlink()
+
+
+def _data_set(content):
+    """Return the entries of a zip that are KITTI Road, named from its root.
+
+    That is where training/image_2 is: at the top, or in one folder. All of the zip is
+    read: what is wrong with it shows here, by an exception of any kind, and what fails
+    later is the disk's fault. Names that lead elsewhere or steer a terminal, and links,
+    are left out.
+    """
+    entries, found = content.infolist(), {}
+    size = sum(entry.file_size for entry in entries)
+    if len(entries) > MAX_ENTRIES or size > MAX_UNPACKED:
+        raise zipfile.BadZipFile(f"{len(entries):,} entries of {size:,} bytes")
+    if damaged := content.testzip():
+        raise zipfile.BadZipFile(f"bad CRC or header of {damaged}")
+    for entry in entries:
+        name, link = entry.filename, entry.external_attr >> 28 == 0xA  # of its mode
+        plain = name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
+        if plain and not link and len(name.encode()) < 256:
+            found[name] = entry
+    marks = (re.match("([^/]+/)?training/image_2/[^/.][^/]*$", name) for name in found)
+    roots = {m[1] or "" for m in marks if m and m[0].lower().endswith(IMAGES)}
+    known = [name for name in ("data_road/", "") if name in roots]
+    root = known[0] if known else "".join(roots)
+    if root not in roots:
+        raise zipfile.BadZipFile(f"{len(roots)} folders training/image_2 with images")
+    for name in found:
+        if any(parent.as_posix() in found for parent in Path(name).parents):
+            raise zipfile.BadZipFile("a file and a folder have one name")
+    entries = [entry for name, entry in found.items() if name.startswith(root)]
+    for entry in entries:
+        entry.filename = entry.filename.removeprefix(root)
+    return entries
+
+
+# ------------------------------------------------------------------- drawn data
 
 # A level camera 1.65 m above the road, with the focal length and centre of KITTI's:
 # road coordinates (x right, z ahead, metres) -> u = f x/z + cx, v = f 1.65/z + cy.
@@ -650,234 +1002,899 @@ def draw_scene(kind, rng):
     return Image.fromarray(pixels), road, lane
 
 
+def draw_sample(folder, task):
+    """Draw the image of `task`, (split, kind, number), with label and calibration."""
+    split, kind, number = task
+    rng = np.random.default_rng((split == "testing", *kind.encode(), number))
+    image, road, lane = draw_scene(kind, rng)
+    to, name = folder / split, f"{kind}_{number:06}"
+    image.save(to / "image_2" / f"{name}.png", compress_level=1)
+    (to / "calib" / f"{name}.txt").write_text(DRAWN_CALIBRATION)
+    if split == "training":
+        road.save(to / "gt_image_2" / f"{kind}_road_{number:06}.png")
+        if kind == "um":
+            lane.save(to / "gt_image_2" / f"um_lane_{number:06}.png")
+
+
 def maybe_draw_kitti_road(data_dir, training=60, testing=6):
     """Draw a small data set in KITTI Road's layout into `data_dir`/data_road."""
     folder = data_dir / "data_road"
     if folder.exists():
         return
-
-    def draw(task):
-        split, kind, number = task
-        rng = np.random.default_rng((split == "testing", *kind.encode(), number))
-        image, road, lane = draw_scene(kind, rng)
-        to, name = part / split, f"{kind}_{number:06}"
-        image.save(to / "image_2" / f"{name}.png", compress_level=1)
-        (to / "calib" / f"{name}.txt").write_text(DRAWN_CALIBRATION)
-        if split == "training":
-            road.save(to / "gt_image_2" / f"{kind}_road_{number:06}.png")
-            if kind == "um":
-                lane.save(to / "gt_image_2" / f"um_lane_{number:06}.png")
-
-    with locked(folder), beside(folder) as part:
+    tasks = [
+        (split, kind, number)
+        for split, count in (("training", training), ("testing", testing))
+        for kind in ("um", "umm", "uu")
+        for number in range(count // 3)
+    ]
+    with locked(folder):
         if folder.exists():
             return
         need_space(data_dir, 10**6 * (training + testing), "the drawn data")
-        for name in "image_2", "gt_image_2", "calib":
-            (part / "training" / name).mkdir(parents=True)
-        for name in "image_2", "calib":
-            (part / "testing" / name).mkdir(parents=True)
-        tasks = [
-            (split, kind, number)
-            for split, count in (("training", training), ("testing", testing))
-            for kind in ("um", "umm", "uu")
-            for number in range(count // 3)
-        ]
-        in_parallel(draw, tasks, "drawing")
-        os.replace(part, folder)
+        with written(folder) as part:
+            for name in "image_2", "gt_image_2", "calib":
+                (part / "training" / name).mkdir(parents=True)
+            for name in "image_2", "calib":
+                (part / "testing" / name).mkdir(parents=True)
+            in_parallel(functools.partial(draw_sample, part), tasks, "drawing")
+
+
+# -------------------------------------------------------------------------- data
+
+FULL_SET = 289, 290  # KITTI Road's training and test images
+
+
+class Sample(NamedTuple):
+    """A training image and its label, as paths."""
+
+    image: Path
+    label: Path
+
+
+class Split(NamedTuple):
+    """The images of a data set: to train on, held out for scoring, to segment."""
+
+    training: list[Sample]
+    holdout: list[Sample]
+    test: list[Path]
+
+    def counts(self):
+        """Return how many there are, as run.json says."""
+        return {name: len(images) for name, images in self._asdict().items()}
+
+    def names_digest(self):
+        """Return a digest of all names, by which a resumed run knows its images."""
+        names = [sample.image.name for sample in self.training + self.holdout]
+        names += ["test", *(path.name for path in self.test)]
+        text = "\n".join(names).encode(errors="surrogateescape")
+        return hashlib.sha256(text).hexdigest()[:16]
+
+
+def read_image(path):
+    """Return the image at `path` as RGB uint8 (H, W, 3), upright, whatever its mode."""
+    with (
+        blaming(path, "a readable image", "replace or remove it"),
+        Image.open(path) as image,
+    ):
+        with contextlib.suppress(Exception):  # a broken EXIF block of a good picture
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return np.asarray(image.convert("RGB"))
+
+
+def read_label(path):
+    """Return the ids (H, W) uint8 of a KITTI ground truth image.
+
+    The benchmark's meaning: red is validity, blue is road. Blue without red is road
+    outside the valid area, hence void. Raises ProgramError for any other colour.
+    """
+    pixels = read_image(path)
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    known = ((red == 0) | (red == 255)) & (green == 0) & ((blue == 0) | (blue == 255))
+    if not known.all():
+        colour = tuple(pixels[~known][0].tolist())
+        raise ProgramError(
+            f"{path}: colour {colour} is none of a label: (255, 0, 255) is road, "
+            "(255, 0, 0) is not, (0, 0, 0) and (0, 0, 255) are not judged; README's "
+            '"Your own images" makes such a label from a mask'
+        )
+    return np.where(red > 0, blue > 0, VOID).astype(np.uint8)
+
+
+def check_size(label_path, label, image):
+    """Raise ProgramError unless a label has the size of its image."""
+    if image.shape[:2] != label.shape:
+        raise ProgramError(
+            f"{label_path} is {label.shape[1]}x{label.shape[0]}, its image "
+            f"{image.shape[1]}x{image.shape[0]}: replace the label"
+        )
+
+
+def need_both_classes(pixels, what):
+    """Raise ProgramError unless `pixels`, (background, road) counts, are of both."""
+    missing = [name for name, count in zip(("background", "road"), pixels) if not count]
+    if missing:
+        raise ProgramError(
+            f"no {' and no '.join(missing)} in the labels of the {what}: (255, 0, 0) "
+            "is background, (255, 0, 255) road: correct the labels"
+        )
+
+
+def resize_image(images, image_shape):
+    """Resize uint8 images (..., H, W, 3) to `image_shape`, uint8 again."""
+    x = tf.image.resize(images, image_shape, antialias=True)
+    return tf.saturate_cast(tf.round(x), tf.uint8)
+
+
+def resize_label(label, image_shape):
+    """Resize ids (H, W) to `image_shape` by nearest neighbour: ids do not blend."""
+    return tf.image.resize(label[..., None], image_shape, method="nearest")[..., 0]
+
+
+def category(path):
+    """Return the category of an image: "um_000000.png" -> "um", without one "all"."""
+    return path.stem.rpartition("_")[0] or "all"
+
+
+def road_name(path):
+    """Return the name of an image's labels and confidences: "um_road_000000.png"."""
+    return "_road_".join(path.stem.rsplit("_", 1)) + ".png"
+
+
+def find_images(data_dir, holdout_fraction=0.1667, submission=False):
+    """Return the Split of the images in `data_dir`/data_road, in name order.
+
+    Raises ProgramError for an image without label, for a broken test image or
+    calibration, and, where a `submission` is asked for, for a test image without one.
+    """
+    training_dir = data_dir / "data_road" / "training"
+    samples = []
+    for image in image_files(training_dir / "image_2"):
+        label = training_dir / "gt_image_2" / road_name(image)
+        if not label.exists():
+            lane = label.with_name(label.name.replace("_road_", "_lane_"))
+            other = f" ({lane.name} is another task)" if lane.exists() else ""
+            raise ProgramError(f"{image} has no label {label}{other}: add the label")
+        if samples and samples[-1].label == label:
+            raise ProgramError(f"{image} and {samples[-1].image}: rename one of them")
+        samples.append(Sample(image, label))
+    if not samples:
+        raise ProgramError(
+            f"no images in {training_dir / 'image_2'}: unpack data_road.zip into "
+            f"{data_dir}, or name a folder without data_road to have it downloaded"
+        )
+    training, holdout = split_holdout(samples, holdout_fraction)
+    tests = image_files(data_dir / "data_road" / "testing" / "image_2")
+    found = len(samples), len(tests)
+    full = "" if found == FULL_SET else f"; the full set has {FULL_SET[0]} and "
+    full += f"{FULL_SET[1]}" if full else ""
+    print(
+        f"{count_of(len(samples), 'labelled image')}, of which {len(holdout)} held "
+        f"out, and {count_of(len(tests), 'test image')}{full}"
+    )
+    if not holdout:
+        print("no hold-out: no scores, and the last weights count as the best")
+    for sample in holdout:
+        read_homography(sample.image)
+    check_tests(tests, data_dir / "data_road" / "testing", submission)
+    return Split(training, holdout, tests)
+
+
+def check_tests(tests, folder, submission):
+    """Raise ProgramError for a test image that would fail after hours of training."""
+    in_parallel(read_image, tests, "looking at the test images")
+    missing = [path for path in tests if submission and read_homography(path) is None]
+    if submission and not tests:
+        raise ProgramError(f"{folder} has no images: leave --submission out")
+    if missing:
+        raise ProgramError(
+            f"{folder} has no {missing[0].stem}.txt ({len(missing)} of {len(tests)} "
+            "are missing): add them, or leave --submission out"
+        )
+
+
+def check_batch_size(batch_size, training):
+    """Raise ProgramError where there are fewer training images than `batch_size`."""
+    if batch_size > len(training):
+        raise ProgramError(
+            f"--batch-size {batch_size} is more than the "
+            f"{count_of(len(training), 'training image')}: lower it, or "
+            "--holdout-fraction"
+        )
+
+
+def read_homography(image_path):
+    """Return the map (3, 3) from the road plane to an image, None if not calibrated.
+
+    It takes (x right, z ahead, 1), metres, to homogeneous pixels (u, v, 1), the first
+    of which is 1: columns 0, 2 and 3 of P2 R0_rect inv(Tr_cam_to_road), as the plane
+    is y = 0.
+    """
+    path = image_path.parent.parent / "calib" / f"{image_path.stem}.txt"
+    if not path.exists():
+        return None
+    with blaming(path, "a calibration of KITTI Road", "replace or remove it"):
+        lines = (line.partition(":") for line in path.read_text().splitlines())
+        numbers = {name: np.array(rest.split(), float) for name, _, rest in lines}
+        rectification, to_road = np.eye(4), np.eye(4)
+        rectification[:3, :3] = numbers["R0_rect"].reshape(3, 3)
+        to_road[:3] = numbers["Tr_cam_to_road"].reshape(3, 4)
+        camera = numbers["P2"].reshape(3, 4) @ rectification
+        return np.asarray_chkfinite(camera @ np.linalg.inv(to_road))[:, [0, 2, 3]]
+
+
+def split_holdout(samples, fraction):
+    """Return (training, hold-out): the last `fraction` of each category in name order.
+
+    With 1/6 of the full set these are the 48 images of KittiSeg's val3 list; and
+    neighbouring frames, nearly equal, stay on one side.
+    """
+    training, holdout = [], []
+    by_category = sorted(samples, key=lambda sample: category(sample.image))
+    for _, group in itertools.groupby(
+        by_category, lambda sample: category(sample.image)
+    ):
+        group = list(group)
+        cut = len(group) - round(len(group) * fraction)
+        training += group[:cut]
+        holdout += group[cut:]
+    return training, holdout
+
+
+def batch_rows(step, count, batch_size, seed):
+    """Return the rows (B,) that make up training step `step`: a function of the step.
+
+    Every epoch goes through its own permutation of the `count` samples and drops the
+    incomplete batch at its end.
+    """
+    steps_per_epoch = count // batch_size
+    order = tf.random.experimental.stateless_shuffle(
+        tf.range(count), seed=[seed, step // steps_per_epoch]
+    )
+    return order[step % steps_per_epoch * batch_size :][:batch_size]
+
+
+def augment(images, labels, draws):
+    """Flip half of the images, with their labels, and jitter contrast and brightness.
+
+    Images (B, H, W, 3) uint8, labels (B, H, W) uint8; `draws` (3, B) in [0, 1).
+    """
+    flip, contrast, brightness = tf.unstack(draws[..., None, None, None])
+    both = tf.concat([images, labels[..., None]], axis=-1)  # flipped as one
+    both = tf.where(flip < 0.5, both[:, :, ::-1], both)
+    x, labels = tf.cast(both[..., :3], tf.float32), both[..., 3]
+    mean = tf.reduce_mean(x, (1, 2, 3), keepdims=True)
+    x = (x - mean) * (0.8 + 0.4 * contrast) + mean + 50 * (brightness - 0.5)
+    return tf.saturate_cast(tf.round(x), tf.uint8), labels
+
+
+class Decoded:
+    """Samples decoded and resized once, in memory: 4 bytes a pixel."""
+
+    def __init__(self, samples, image_shape):
+        """Decode `samples`; raise ProgramError for a set that does not fit."""
+        count = len(samples)
+        size, free = 4 * count * np.prod(image_shape, dtype=float), free_memory()
+        if size > free:
+            raise ProgramError(
+                f"{count_of(count, 'image')} of {image_shape[1]}x{image_shape[0]} take "
+                f"{size / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free: "
+                "lower --image-height and --image-width, or use fewer images"
+            )
+        self.samples = samples
+        self.pixels = np.zeros((count, 2), np.float32)  # of either class
+        with host():  # variables: each dataset would copy a constant
+            self.images = tf.Variable(tf.zeros((count, *image_shape, 3), tf.uint8))
+            self.labels = tf.Variable(tf.zeros((count, *image_shape), tf.uint8))
+        in_parallel(self.decode, range(count), "decoding")
+        if count:
+            need_both_classes(self.pixels.sum(axis=0), f"{count_of(count, 'image')}")
+
+    def decode(self, row):
+        """Fill a row with its sample."""
+        sample, image_shape = self.samples[row], self.labels.shape[1:]
+        image, label = read_image(sample.image), read_label(sample.label)
+        check_size(sample.label, label, image)
+        with host():
+            label = resize_label(label, image_shape)
+            image = resize_image(image, image_shape)
+            self.images.scatter_update(tf.IndexedSlices(image[None], [row]))
+            self.labels.scatter_update(tf.IndexedSlices(label[None], [row]))
+        self.pixels[row] = [np.count_nonzero(label == each) for each in (0, 1)]
+
+
+class Batches:
+    """Decoded samples in batches of images, labels and weights.
+
+    Images (B, H, W, 3) uint8, labels (B, H, W) uint8, weights (B,) float32: a valid
+    pixel's share of the batch's loss. Each replica of the device gets an equal part of
+    a batch, filled up with void images of weight 0. Its length is the steps of an
+    epoch.
+    """
+
+    def __init__(self, decoded, batch_size, seed, device):
+        self.decoded, self.seed, self.device = decoded, seed, device
+        self.count = len(decoded.samples)
+        self.batch_size = min(batch_size, max(self.count, 1))
+        self.valid = decoded.pixels.sum(axis=1)  # pixels
+
+    def __len__(self):
+        return self.count // self.batch_size
+
+    def files(self, step):
+        """Return the names of a training step's images."""
+        rows = batch_rows(step, self.count, self.batch_size, self.seed)
+        return [self.decoded.samples[row].image.name for row in rows]
+
+    def from_step(self, step):
+        """Return the training steps from `step` on, shuffled and augmented, endless.
+
+        Workers would have to agree on an end at every step.
+        """
+        return self.device.strategy.distribute_datasets_from_function(
+            functools.partial(self.training_on_worker, step)
+        )
+
+    def in_order(self):
+        """Return every sample once, as it is, in order."""
+        return self.device.strategy.distribute_datasets_from_function(
+            self.ordered_on_worker
+        )
+
+    def training_on_worker(self, step, context):
+        """Return what a worker's replicas get of the training steps, one by one."""
+        local = context.num_replicas_in_sync // context.num_input_pipelines
+        indices = tf.data.Dataset.counter(step * local)
+        part = functools.partial(self.training_part, context)
+        return self.prefetched(indices.map(part, tf.data.AUTOTUNE))
+
+    def ordered_on_worker(self, context):
+        """Return what a worker's replicas get of all samples, one by one."""
+        local = context.num_replicas_in_sync // context.num_input_pipelines
+        indices = tf.data.Dataset.range(-(-self.count // self.batch_size) * local)
+        part = functools.partial(self.ordered_part, context)
+        return self.prefetched(indices.map(part, tf.data.AUTOTUNE))
+
+    def training_part(self, context, index):
+        """Return the part with number `index` of the training steps."""
+        step, replica = place(context, index)
+        rows = batch_rows(step, self.count, self.batch_size, self.seed)
+        places, real = self.share(rows, replica, context.num_replicas_in_sync)
+        images, labels = self.gather(rows, places)
+        draws = tf.random.stateless_uniform((3, self.batch_size), [self.seed, step])
+        images, labels = augment(images, labels, tf.gather(draws, places, axis=1))
+        return self.weighted(images, labels, rows, real)
+
+    def ordered_part(self, context, index):
+        """Return the part with number `index` of the samples in order."""
+        step, replica = place(context, index)
+        rows = tf.range(self.count)[step * self.batch_size :][: self.batch_size]
+        places, real = self.share(rows, replica, context.num_replicas_in_sync)
+        images, labels = self.gather(rows, places)
+        return self.weighted(images, labels, rows, real)
+
+    def share(self, rows, replica, replicas):
+        """Return a replica's places in a batch of `rows`, and which of them are real.
+
+        Where the batch does not divide, the last places repeat the first row.
+        """
+        size = -(-self.batch_size // replicas)
+        places = replica * size + tf.range(size, dtype=tf.int64)
+        real = places < tf.size(rows, tf.int64)
+        return tf.where(real, places, 0), real
+
+    def gather(self, rows, places):
+        """Return the images and labels at `places` of a batch of `rows`."""
+        rows = tf.gather(rows, places)
+        return tf.gather(self.decoded.images, rows), tf.gather(
+            self.decoded.labels, rows
+        )
+
+    def weighted(self, images, labels, rows, real):
+        """Return a part of a batch of `rows` with weights; what is not real is void."""
+        pixels = tf.reduce_sum(tf.gather(self.valid, rows))
+        weight = tf.math.divide_no_nan(1.0, pixels)
+        labels = tf.where(real[:, None, None], labels, VOID)
+        return images, labels, tf.where(real, weight, 0)
+
+    def prefetched(self, dataset):
+        """Return `dataset` made ahead, on the device itself where it is one."""
+        dataset = dataset.prefetch(tf.data.AUTOTUNE)
+        if self.device.replicas > 1:
+            return dataset  # they fetch to their devices themselves
+        gpus, cpus = map(tf.config.list_logical_devices, ("GPU", "CPU"))
+        device = [*gpus, *cpus][0].name
+        return dataset.apply(tf.data.experimental.prefetch_to_device(device))
+
+
+def place(context, index):
+    """Return the step and the replica that part `index` of a worker belongs to."""
+    local = context.num_replicas_in_sync // context.num_input_pipelines
+    return index // local, local * context.input_pipeline_id + index % local
+
+
+def gen_batch_function(samples, image_shape, seed=0, device=None):
+    """Decode and resize `samples` once; return get_batches_fn(batch_size) -> Batches.
+
+    The order and the augmentation of training steps are functions of `seed` and the
+    step. Raises ProgramError for a set that does not fit into memory, for a label that
+    is none, and for a set without background or road.
+    """
+    decoded = Decoded(samples, image_shape)
+    return functools.partial(Batches, decoded, seed=seed, device=device or Device())
 
 
 # --------------------------------------------------------------------- inference
 
+ROAD = (255, 0, 255)  # no verge, sky or asphalt is magenta
+IN_FLIGHT = 40_000_000  # pixels at once; each takes some 25 bytes: about a gigabyte
+VIDEOS = ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ts"
+READABLE = f"{', '.join(IMAGES)} or a video ({', '.join(VIDEOS)})"
 
-@functools.lru_cache(maxsize=1)
-def predictor(model, image_shape):
-    """Return the tf.function of predict_road: one trace for all batches and sizes.
 
-    A trace for certain sizes rounds differently, and which ones there are would depend
-    on what was segmented before.
+class Predictor:
+    """A model that segments images of any size; the network sees them at one.
+
+    An image is shrunk, goes through the network, and its probabilities grow back. Each
+    has one trace for all batches and sizes: one for certain sizes rounds differently,
+    and which there are would depend on what came before.
     """
 
-    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8)])
-    def predict(images):
-        x = resize_image(images, image_shape)
-        road = tf.nn.softmax(model(x, training=False))[..., 1:]
+    def __init__(self, model, image_shape, batch_size=5):
+        need_two_classes(model, "overlays and confidences")
+        self.model, self.image_shape = model, tuple(image_shape)
+        self.batch_size = batch_size
+        images = tf.TensorSpec((None, None, None, 3), tf.uint8)
+        small = tf.TensorSpec((None, *image_shape, 3), tf.uint8)
+        roads = tf.TensorSpec((None, None, None), tf.float32)
+        size = tf.TensorSpec((2,), tf.int32)
+        self.shrink = tf.function(self._shrink, input_signature=[images])
+        self.network = tf.function(self._network, input_signature=[small])
+        self.grow = tf.function(self._grow, input_signature=[roads, size])
+        self.serve = tf.function(self._serve, input_signature=[images])
+
+    def _shrink(self, images):
+        with host():  # it has no GPU kernel; and less goes over
+            return resize_image(images, self.image_shape)
+
+    def _network(self, images):
+        return tf.nn.softmax(self.model(images, training=False))[..., 1]
+
+    def _grow(self, roads, size):
+        return tf.squeeze(tf.image.resize(roads[..., None], size), -1)
+
+    def _serve(self, images):
         size = tf.shape(images)[1:3]
-        return {"road": tf.image.resize(road, size, antialias=True)[..., 0]}
+        return {"road": self.grow(self.network(self.shrink(images)), size)}
 
-    return predict
+    def road(self, images):
+        """Return the road probability (B, H, W) float32 of images (B, H, W, 3) uint8.
+
+        H and W are free.
+        """
+        with host():
+            images = tf.constant(images)
+        return self.serve(images)["road"]
+
+    def shrunk(self, image):
+        """Return an image (H, W, 3) uint8 as the network sees it, on the host."""
+        with host():
+            return self.shrink(tf.constant(image[None])).numpy()[0]
+
+    def grown(self, road, image):
+        """Return a probability (h, w) float32 at the size of its image, on the host."""
+        with host():
+            return self.grow(tf.constant(road[None]), image.shape[:2]).numpy()[0]
 
 
-def predict_road(model, images, image_shape):
-    """Return the road probability (B, H, W) float32 of images (B, H, W, 3) uint8.
+def batched(items, count):
+    """Yield lists of `count` items, the last one shorter."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, count)):
+        yield batch
 
-    The network sees them at `image_shape`; H and W are free.
+
+def segment(predictor, samples, depth=None):
+    """Yield (name, image, road probability (h, w)) of (name, image), in order.
+
+    Shrinking and the network go on while the caller works on what came before, each at
+    most `depth` images ahead. Images of any size share a batch.
     """
-    return predictor(model, image_shape)(tf.constant(images))["road"]
+
+    def shrink(sample):
+        return *sample, predictor.shrunk(sample[1])
+
+    def network(batch):
+        roads = predictor.network(np.stack([small for *_, small in batch])).numpy()
+        return [(name, image, road) for (name, image, _), road in zip(batch, roads)]
+
+    count = predictor.batch_size
+    if depth is not None:
+        count = max(min(count, depth), 1)
+    batches = batched(ahead(shrink, samples, depth), count)
+    ahead_of_caller = 1 if depth is None or depth else 0
+    segmented = ahead(network, batches, ahead_of_caller, workers=1)
+    return itertools.chain.from_iterable(segmented)
+
+
+def gen_test_output(predictor, image_paths):
+    """Yield (path, image (H, W, 3) uint8, road probability (h, w) float32).
+
+    The probability is at the network's size; predictor.grown brings it to the image's.
+    """
+    samples = ahead(lambda path: (path, read_image(path)), image_paths)
+    return segment(predictor, samples)
+
+
+def inner(mask):
+    """Return bool (H, W) `mask` without its outermost pixel; the frame is no end."""
+    x = mask.copy()
+    x[1:] &= mask[:-1]
+    x[:-1] &= mask[1:]
+    y = x.copy()
+    y[:, 1:] &= x[:, :-1]
+    y[:, :-1] &= x[:, 1:]
+    return y
 
 
 def overlay(image, road):
-    """Tint uint8 `image` (H, W, 3) green where the probability is at least 0.5."""
-    green = (image.astype(np.uint16) + (0, 255, 0)) // 2
-    return np.where(road[..., None] >= 0.5, green, image).astype(np.uint8)
+    """Tint uint8 `image` (H, W, 3) where the probability (H, W) is at least 0.5.
 
-
-def segment(model, images, image_shape, batch_size, seconds=None):
-    """Yield (name, image, road probability (H, W) float32) of (name, image) pairs.
-
-    Neighbours of one size share a batch. What the network takes is added to `seconds`.
+    The outline, two pixels inside, is opaque; the rest lets lane marks and shadows
+    through.
     """
-    for shape, group in itertools.groupby(images, key=lambda pair: pair[1].shape):
-        count = min(batch_size, max(2**25 // (shape[0] * shape[1]), 1))  # photographs
-        while batch := list(itertools.islice(group, count)):
-            start = time.perf_counter()
-            stack = np.stack([image for _, image in batch])
-            roads = predict_road(model, stack, image_shape).numpy()
-            if seconds is not None:
-                seconds.append(time.perf_counter() - start)
-            for (name, image), road in zip(batch, roads):
-                yield name, image, road
+    found = road >= 0.5
+    opacity = np.where(found, np.uint8(255), np.uint8(0))
+    opacity[inner(inner(found))] = 90
+    picture = Image.fromarray(image)
+    picture.paste(ROAD, mask=Image.fromarray(opacity))  # a fifth of NumPy's time
+    return np.asarray(picture)
 
 
-def gen_test_output(model, image_paths, image_shape, batch_size):
-    """Yield (path, image (H, W, 3) uint8, road probability (H, W) float32)."""
-    images = ahead(lambda path: (path, read_image(path)), image_paths)
-    return segment(model, images, image_shape, batch_size)
+def thumbnail(pixels, width=480):
+    """Return uint8 `pixels` (H, W, 3) as small as the report shows test images."""
+    if pixels.shape[1] <= width:
+        return pixels
+    height = max(round(pixels.shape[0] * width / pixels.shape[1]), 1)
+    return np.asarray(Image.fromarray(pixels).resize((width, height)))
 
 
-def save_inference_samples(
-    run_dir, model, image_paths, image_shape, batch_size, submission=False
-):
-    """Write the overlays of all `image_paths` into `run_dir`: all of them, or none.
+def save_sample(run_dir, predictor, submission, sample):
+    """Write the overlay of (path, image, road), and its thumbnail.
+
+    With `submission` returns the confidences from above, as a PNG's bytes.
+    """
+    path, image, road = sample
+    road = predictor.grown(road, image)
+    tinted = overlay(image, road)
+    save_image(tinted, run_dir / f"{path.stem}.png")
+    save_image(thumbnail(tinted), run_dir / "thumbnails" / f"{path.stem}.jpg")
+    if submission:
+        cells = seen_cells(read_homography(path), road.shape)
+        return encoded(birds_eye(to_confidence(road).numpy(), cells, outside=0))
+
+
+def save_inference_samples(run_dir, predictor, image_paths, submission=False):
+    """Write the overlays of all `image_paths` into `run_dir`, each whole or not at all.
 
     With `submission` also submission.zip, for KITTI Road's server: the confidences
     from above, which needs a calibration of each image.
     """
-
-    def save(sample):
-        path, image, road = sample
-        save_image(overlay(image, road), part / path.name)
-        if submission:
-            view = birds_eye(to_confidence(road).numpy(), read_homography(path), 0)
-            save_image(view, views / road_name(path))
-
-    with beside(run_dir / "overlays") as part, beside(run_dir / "submission") as views:
-        part.mkdir()
-        views.mkdir()
-        samples = gen_test_output(model, image_paths, image_shape, batch_size)
-        in_parallel(save, samples, "overlays", len(image_paths))
-        if submission:
-            shutil.make_archive(part / "submission", "zip", views)
-        for path in part.iterdir():
-            os.replace(path, run_dir / path.name)
+    (run_dir / "thumbnails").mkdir(parents=True, exist_ok=True)
+    save = functools.partial(save_sample, run_dir, predictor, submission)
+    saved = ahead(save, gen_test_output(predictor, image_paths))
+    bar = tqdm(saved, "overlays", len(image_paths), unit="image", disable=None)
+    views = dict(zip(image_paths, bar))
+    if submission:
+        with (
+            written(run_dir / "submission.zip") as part,
+            zipfile.ZipFile(part, "w") as archive,
+        ):
+            for path, view in views.items():
+                archive.writestr(road_name(path), view)
 
 
-def predict(run_dir, model, path, image_shape, batch_size):
-    """Write overlays of an image, of a folder's images or of a video into `run_dir`.
+def find_inputs(paths, problems):
+    """Return the images and videos of `paths`, which are files and folders.
 
-    Images keep their names and formats; a video becomes an mp4 of its size, rate and
-    number of frames. Raises ProgramError at the end for images that cannot be read.
+    What cannot be used goes to `problems`, as text. Folders in folders and hidden files
+    are left alone.
     """
-    broken, seconds, start = [], [], time.perf_counter()
-
-    def read(path):
-        try:
-            return path, read_image(path)
-        except ProgramError as error:
-            broken.append(str(error))
-
-    def save(sample):
-        path, image, road = sample
-        save_image(overlay(image, road), run_dir / path.name)
-
-    inference = image_shape, batch_size, seconds
-    if path.is_dir() or path.suffix.lower() in IMAGES:
-        files = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
-        paths = [path for path in files if path.suffix.lower() in IMAGES]
-        count = len(paths)
-        if not paths:
-            raise ProgramError(f"{path}: no {', '.join(IMAGES)} in it: name another")
-        if len(files) > count:
-            print(f"{len(files) - count} other files in {path} are left alone")
-        images = filter(None, ahead(read, paths))
-        in_parallel(save, segment(model, images, *inference), "overlays", count)
-        done = count - len(broken)
-    else:
-        every = ["-fps_mode", "passthrough"]  # or a varying rate would be evened out
-        with blaming(path, "a readable video", "name another, or an image"):
-            reader = imageio.get_reader(path, format="FFMPEG", output_params=every)
-            count, length = imageio_ffmpeg.count_frames_and_secs(str(path))
-            rate = reader.get_meta_data()["fps"] or 25
-            if length > 1 and not 0.8 < count / length / rate < 1.25:
-                rate = count / length  # what the file states is a bound
-            height, width, _ = next(iter(reader)).shape
-        sized = {"macro_block_size": 2, "pixelformat": "yuv420p"}
-        if height % 2 or width % 2:  # which colours at half the size cannot have
-            sized = {"macro_block_size": 1, "pixelformat": "yuv444p"}
-        done, target = 0, run_dir / f"{path.stem}.mp4"
-        options = {"format": "FFMPEG", "fps": rate, "ffmpeg_log_level": "quiet"}
-        frames = segment(model, ((path, frame) for frame in reader), *inference)
-        with written(target) as part:
+    found = []
+    for path in paths:
+        files = [path]
+        if path.is_dir():
             try:
-                with imageio.get_writer(part, **options, **sized) as video:
-                    for _, image, road in tqdm(frames, "frames", count, disable=None):
-                        video.append_data(overlay(image, road))
-                        done += 1
+                files = [f for f in sorted(path.iterdir()) if f.name[0] != "."]
             except OSError as error:
-                raise ProgramError(
-                    f"{target}: ffmpeg gave up at frame {done}: make room, or set "
-                    "--runs-dir"
-                ) from error
-        if done < count:
-            broken.append(f"{path} ends after frame {done}")
-    total = time.perf_counter() - start
+                problems.append(f"{path}: not a readable folder ({error.strerror})")
+                continue
+            known = [f for f in files if f.suffix.lower() in IMAGES + VIDEOS]
+            if not known:
+                problems.append(f"{path}: no {READABLE} in it")
+            elif len(known) < len(files):
+                left = count_of(len(files) - len(known), "other file")
+                print(f"{left} in {path} left alone")
+            files = known
+        for file in files:
+            if not file.exists():
+                problems.append(f"{file}: no such file or folder")
+            elif not file.is_file():
+                problems.append(f"{file}: not a regular file")
+            elif file.suffix.lower() not in IMAGES + VIDEOS:
+                problems.append(f"{file}: not {READABLE}")
+            elif file not in found:
+                found.append(file)
+    return found
+
+
+def name_outputs(files):
+    """Return {file: name of its overlay}, no two of which write to one file.
+
+    An image keeps its name, a video becomes an mp4; the second of a stem gets a number,
+    as confidences are all PNGs: a.png, a-2.jpg. Upper and lower case are the same here,
+    as on some disks.
+    """
+    names, taken = {}, set()
+    for file in files:
+        suffix = file.suffix if file.suffix.lower() in IMAGES else ".mp4"
+        for number in itertools.count(1):
+            stem = file.stem if number == 1 else f"{file.stem}-{number}"
+            if stem.lower() not in taken:
+                break
+        taken.add(stem.lower())
+        names[file] = stem + suffix
+    return names
+
+
+def predict(paths, predictor, runs_dir, name=None):
+    """Write overlays of images, of folders' images and videos, and of videos.
+
+    All go into a new folder in `runs_dir`: images under their own names, beside them
+    confidence/, their road confidence in 8 bits; a video as mp4 of its size, rate and
+    number of frames. Raises ProgramError at the end for what could not be used.
+    """
+    problems = []
+    names = name_outputs(find_inputs(paths, problems))
+    if not names:
+        raise ProgramError("; ".join(problems))
+    folder = new_folder(runs_dir, name, "-predict")
+    prediction = Prediction(folder, predictor, names, problems)
+    start = time.perf_counter()
+    try:
+        done = prediction.of_images([f for f in names if f.suffix.lower() in IMAGES])
+        for file in names:
+            if file.suffix.lower() in VIDEOS:
+                done += prediction.of_video(file)
+    finally:
+        for emptied in folder / "confidence", folder:  # where nothing came into it
+            with contextlib.suppress(OSError):
+                emptied.rmdir()
     if done:
-        print(
-            f"{done} overlays in {run_dir}: {done / total:.1f} a second, of which the "
-            f"network took {100 * sum(seconds) / total:.0f} % of the time"
+        rate = f"{done / (time.perf_counter() - start):.1f} a second"
+        print(f"{count_of(done, 'overlay')} in {folder}: {rate}")
+    if problems:
+        rest = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ProgramError(f"left out: {'; '.join(problems[:20])}{rest}")
+
+
+class Prediction:
+    """The overlays of one --predict: the folder, {file: name in it}, the problems.
+
+    What is wrong with one file is noted as text, and the others go on; a full disk ends
+    it.
+    """
+
+    def __init__(self, folder, predictor, names, problems):
+        self.folder, self.predictor = folder, predictor
+        self.names, self.problems = names, problems
+
+    def depth(self, pixels):
+        """Return how many images of so many pixels each stage may hold; 0: alone."""
+        return min(IN_FLIGHT // 4 // pixels, os.cpu_count() + 2)
+
+    def of_images(self, files):
+        """Write the overlays and confidences of images; return how many."""
+        pixels = {file: self.count_pixels(file) for file in files}
+        readable = [file for file in files if pixels[file]]
+        if not readable:
+            return 0
+        (self.folder / "confidence").mkdir()
+        depth = self.depth(max(pixels.values()))
+        samples = filter(None, ahead(self.read, readable, depth))
+        saved = ahead(self.save, segment(self.predictor, samples, depth), depth)
+        return sum(tqdm(saved, "overlays", len(readable), unit="image", disable=None))
+
+    def count_pixels(self, file):
+        """Return the pixels of an image as its header states, 0 if it is none."""
+        try:
+            readable = blaming(file, "a readable image", "replace or remove it")
+            with readable, Image.open(file) as image:
+                return image.width * image.height
+        except ProgramError as error:
+            self.problems.append(str(error))
+            return 0
+
+    def read(self, file):
+        """Return the file and its image, None if it cannot be read."""
+        try:
+            return file, read_image(file)
+        except ProgramError as error:
+            self.problems.append(str(error))
+
+    def save(self, sample):
+        """Write overlay and confidence of (file, image, road); return whether."""
+        file, image, road = sample
+        target = self.folder / self.names[file]
+        try:
+            road = self.predictor.grown(road, image)
+            save_image(overlay(image, road), target)
+            confidence = np.round(255 * road).astype(np.uint8)
+            save_image(confidence, self.folder / "confidence" / f"{target.stem}.png")
+            return True
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) in FULL:
+                raise
+            reason = getattr(error, "strerror", None) or first_line(error)
+            self.problems.append(f"{file}: cannot be written ({reason})")
+            return False
+
+    def of_video(self, path):
+        """Write the overlay of a video; return the number of its frames.
+
+        What came before it broke off is kept.
+        """
+        try:
+            with blaming(path, "a readable video", f"name {READABLE}"):
+                source = str(path.absolute())  # a colon would be a protocol
+                packets, seconds = count_packets(source)
+                every = ["-fps_mode", "passthrough"]  # no varying rate is evened out
+                frames = imageio_ffmpeg.read_frames(source, output_params=every)
+                facts = next(frames)
+                first = next(frames)
+        except ProgramError as error:
+            self.problems.append(str(error))
+            return 0
+        rate = facts["fps"] or 25
+        if seconds > 1 and not 0.8 < packets / seconds / rate < 1.25:
+            rate = packets / seconds  # what the file states is a bound
+        cut = facts["duration"] - seconds > 0.5 + 1 / rate  # it states more than it has
+        expected = max(packets, round(facts["duration"] * rate) if cut else 0)
+        shape = *facts["size"][::-1], 3
+        images = (
+            (path, np.frombuffer(frame, np.uint8).reshape(shape))
+            for frame in itertools.chain([first], frames)
         )
-    if broken:
-        raise ProgramError(f"{count - done} of {count} left out: {'; '.join(broken)}")
+        with contextlib.closing(frames):
+            target = self.folder / self.names[path]
+            tinted = self.tinted(images, self.depth(shape[0] * shape[1]))
+            bar = tqdm(tinted, path.name, expected, unit="frame", disable=None)
+            done = write_video(target, bar, facts["size"], rate)
+        if done < expected:
+            missing = f"{expected - done} of {expected} frames are missing"
+            self.problems.append(f"{path}: {missing}: it is damaged or cut off")
+        return done
+
+    def tinted(self, images, depth):
+        """Yield the overlays of (path, image); end where one breaks off."""
+        segmented = segment(self.predictor, images, depth)
+        try:
+            yield from ahead(self.tint, segmented, depth)
+        except RuntimeError as error:  # of imageio_ffmpeg, in the middle of a frame
+            self.problems.append(first_line(error))
+
+    def tint(self, sample):
+        """Return the overlay of (path, image, road)."""
+        _, image, road = sample
+        return overlay(image, self.predictor.grown(road, image))
 
 
-def export(model, folder, image_shape):
-    """Write `model` as a SavedModel: images (B, H, W, 3) uint8 to road (B, H, W)."""
+def count_packets(path):
+    """Return how many frames a video holds, decodable or not, and their seconds."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:V:0"]
+    command += ["-c", "copy", "-f", "null", "-"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    said = done.stderr.decode(errors="replace")
+    found = re.findall(r"frame= *(\d+).* time=(?:N/A|(\d+):(\d+):([\d.]+))", said)
+    if not found:
+        raise ValueError(said.strip().splitlines()[-1])
+    packets, hours, minutes, seconds = (float(text or 0) for text in found[-1])
+    return int(packets), 3600 * hours + 60 * minutes + seconds
+
+
+def write_video(path, frames, size, rate):
+    """Write frames of `size` (W, H) as mp4, all or nothing; return their number."""
+    odd = size[0] % 2 or size[1] % 2  # which colours at half the size cannot have
+    count = 0
+    with written(path) as part:
+        video = imageio_ffmpeg.write_frames(
+            str(part.absolute()),
+            size,
+            pix_fmt_out="yuv444p" if odd else "yuv420p",
+            fps=rate,
+            quality=None,
+            codec="libx264",
+            macro_block_size=1,
+            ffmpeg_log_level="quiet",
+            # the default preset takes 2.3 times as long, for as many bytes
+            output_params=["-preset", "veryfast", "-crf", "21", "-f", "mp4"],
+        )
+        try:
+            with contextlib.closing(video):
+                video.send(None)
+                for frame in frames:
+                    video.send(frame)
+                    count += 1
+        except OSError as error:
+            raise ProgramError(
+                f"{path}: ffmpeg gave up at frame {count}: make room, or set --runs-dir"
+            ) from error
+    return count
+
+
+def export(predictor, folder):
+    """Write a SavedModel: images (B, H, W, 3) uint8 to road (B, H, W)."""
     if folder.exists():
         raise ProgramError(f"{folder}: exists: name a new folder with --export")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    need_space(folder.parent, 5 * model.count_params() + 10**6, "the SavedModel")
+    size = 5 * predictor.model.count_params() + 10**6
+    need_space(folder.parent, size, "the SavedModel")
 
     module = tf.Module()
-    module.model, module.serve = model, predictor(model, image_shape)
+    module.model, module.serve = predictor.model, predictor.serve
     with written(folder) as part:
         try:
             tf.saved_model.save(module, part, signatures=module.serve)
         except tf.errors.OpError as error:
             raise ProgramError(f"{folder}: {error.message}: make room") from error
+    print(f"{folder} is a SavedModel: tf.saved_model.load(...).serve(images)")
 
 
 # ------------------------------------------------------------------------ scores
 
 
 PLANES = {"image": "image plane", "bev": "bird's-eye view"}
-MISSED, FALSE = (230, 60, 0), (0, 110, 255)  # colours of errors in the report
 BEV_X, BEV_Z, BEV_CELL = (-10, 10), (6, 46), 0.05  # metres: 800 x 400 cells
 
 
-def birds_eye(pixels, homography, outside):
-    """Return `pixels` (H, W) uint8 of an image as seen from above, (800, 400) uint8.
+def need_two_classes(model, what):
+    """Raise ProgramError unless `model` tells background and road: `what` is for two.
 
-    KITTI Road's bird's-eye view: cells of 5 cm, the far ones on top; each takes the
-    pixel that its centre falls into, and `outside` where that is not in the image.
+    Without this more classes would be scored or drawn as if the second were road.
+    """
+    classes = model.output_shape[-1]
+    if classes != 2:
+        raise ProgramError(
+            f"{what} are for two classes, background and road, not {classes}: train "
+            "more with train_nn, and use the logits"
+        )
+
+
+def seen_cells(homography, image_shape):
+    """Return the cells of KITTI Road's bird's-eye view that an image (H, W) shows.
+
+    A mask (800, 400), the far cells on top, and the rows and columns of the pixels
+    that the centres of the masked cells fall into. Cells are 5 cm wide.
     """
     x = np.arange(*BEV_X, BEV_CELL) + BEV_CELL / 2
     z = np.arange(*BEV_Z, BEV_CELL)[::-1] + BEV_CELL / 2
     plane = np.stack(np.broadcast_arrays(x, z[:, None], 1.0))
     u, v, w = np.tensordot(homography, plane, axes=1)
     u, v = u / w, v / w
-    height, width = pixels.shape
+    height, width = image_shape
     seen = (w > 0) & (1 <= u) & (u <= width) & (1 <= v) & (v <= height)
+    return seen, v[seen].astype(int) - 1, u[seen].astype(int) - 1
+
+
+def birds_eye(pixels, cells, outside):
+    """Return `pixels` (H, W) uint8 as seen from above, (800, 400) uint8.
+
+    `cells` are those of seen_cells; the others are `outside`.
+    """
+    seen, rows, columns = cells
     view = np.full(seen.shape, outside, np.uint8)
-    view[seen] = pixels[v[seen].astype(int) - 1, u[seen].astype(int) - 1]
+    view[seen] = pixels[rows, columns]
     return view
 
 
@@ -897,6 +1914,17 @@ def confidence_histogram(confidence, labels):
     return tf.reshape(counts, (2, 256))
 
 
+def rates(histogram):
+    """Return precision, recall, false positives and true positives, (256,) each.
+
+    At threshold k/255 road is what has that confidence or more.
+    """
+    histogram = np.asarray(histogram, np.float64)
+    fp, tp = np.cumsum(histogram[:, ::-1], axis=1)[:, ::-1]
+    precision = tp / (tp + fp + 1e-10)
+    return precision, tp / max(histogram[1].sum(), 1), fp, tp
+
+
 def scores(histogram):
     """Return KITTI Road's pixel measures in percent, from a confidence histogram.
 
@@ -906,12 +1934,9 @@ def scores(histogram):
     is the mean, over recall 0, 0.1 ... 1, of the largest precision at that recall or
     more. IoU is that of `threshold`, IoU50 and accuracy are those of 0.5.
     """
-    histogram = np.asarray(histogram, np.float64)
-    # row k: pixels of either class with confidence k/255 or more
-    fp, tp = np.cumsum(histogram[:, ::-1], axis=1)[:, ::-1]
-    negatives, positives = histogram.sum(axis=1)
+    precision, recall, fp, tp = rates(histogram)
+    negatives, positives = np.sum(histogram, axis=1, dtype=np.float64)
     tiny = 1e-10
-    precision, recall = tp / (tp + fp + tiny), tp / max(positives, 1)
     f1 = 2 * precision * recall / (precision + recall + tiny)
     iou = tp / (positives + fp + tiny)
     best, half = int(np.argmax(f1)), 128
@@ -926,60 +1951,89 @@ def scores(histogram):
         "threshold": best / 255,
         "IoU": iou[best],
         "IoU50": iou[half],
-        "accuracy": (tp[half] + negatives - fp[half]) / max(histogram.sum(), 1),
+        "accuracy": (tp[half] + negatives - fp[half]) / max(negatives + positives, 1),
     }
     return {name: 100 * float(value) for name, value in measures.items()}
 
 
-def score_holdout(run_dir, model, holdout, image_shape, batch_size):
-    """Score (image, label) paths at their own size; write their confidences as PNGs.
+def score_image(predictor, holdout_dir, errors_dir, sample, image, road):
+    """Write the confidence and the errors of a hold-out image; return its counts.
 
-    Returns {"image": {category: measures}, "bev": {...}}, over the categories and all
-    of them, "urban"; "bev", the bird's-eye view, over the calibrated images; and each
-    image's IoU at 0.5. `run_dir`/holdout gets the 8-bit values that are scored, under
-    the labels' names, errors/ the overlays and errors at `image_shape`.
+    {plane: confidence histogram (2, 256)}, "bev" where it has a calibration.
     """
+    road = predictor.grown(road, image)
+    confidence, label = to_confidence(road).numpy(), read_label(sample.label)
+    check_size(sample.label, label, image)
+    save_image(confidence, holdout_dir / road_name(sample.image))
+    write_errors(errors_dir / sample.image.stem, image, road >= 0.5, label)
+    counts = {"image": confidence_histogram(confidence, label).numpy()}
+    homography = read_homography(sample.image)
+    if homography is not None:
+        cells = seen_cells(homography, label.shape)
+        view, truth = birds_eye(confidence, cells, 0), birds_eye(label, cells, VOID)
+        counts["bev"] = confidence_histogram(view, truth).numpy()
+    return counts
+
+
+def score_holdout(run_dir, predictor, holdout):
+    """Score the samples at their own size; write their confidences and errors.
+
+    Returns what run.json has: `scores`, {"image": {category: measures}, "bev": {...}},
+    over the categories and all of them, "urban", "bev", the bird's-eye view, over the
+    calibrated images; `curves`, {category: [(recall, precision) at each threshold]}
+    of the image plane; `holdout`, each image's measures. All in percent. `run_dir`
+    gets holdout/, the 8-bit values that are scored, and errors/.
+    """
+    kinds = sorted({category(sample.image) for sample in holdout})
+    pooled = {plane: {kind: [] for kind in (*kinds, "urban")} for plane in PLANES}
     each = {}
-    kinds = sorted({category(image) for image, _ in holdout})
-    counts = {
-        plane: {kind: [] for kind in (*kinds, "urban")} for plane in ("image", "bev")
+    with (
+        written(run_dir / "holdout") as holdout_dir,
+        written(run_dir / "errors") as errors_dir,
+    ):
+        holdout_dir.mkdir()
+        errors_dir.mkdir()
+        score = functools.partial(score_image, predictor, holdout_dir, errors_dir)
+        segmented = gen_test_output(predictor, [sample.image for sample in holdout])
+        tasks = ((s, image, road) for s, (_, image, road) in zip(holdout, segmented))
+        counted = ahead(lambda task: score(*task), tasks)
+        bar = tqdm(counted, "scoring", len(holdout), unit="image", disable=None)
+        for sample, counts in zip(holdout, bar):
+            kind = category(sample.image)
+            for plane, histogram in counts.items():
+                pooled[plane][kind].append(histogram)
+                pooled[plane]["urban"].append(histogram)
+            each[sample.image.stem] = {"category": kind, **at_half(counts["image"])}
+    sums = {
+        plane: {kind: np.sum(found, axis=0) for kind, found in groups.items() if found}
+        for plane, groups in pooled.items()
     }
-    images = [image for image, _ in holdout]
-    samples = gen_test_output(model, images, image_shape, batch_size)
-    samples = tqdm(samples, "scoring", len(images), unit="image", disable=None)
-    with written(run_dir / "holdout") as part, written(run_dir / "errors") as errors:
-        part.mkdir()
-        errors.mkdir()
-        for (image, pixels, road), (_, label_path) in zip(samples, holdout):
-            confidence, label = to_confidence(road).numpy(), read_label(label_path)
-            check_size(label_path, label, pixels)
-            save_image(confidence, part / label_path.name)
-            small = resize_image(pixels, image_shape).numpy()
-            found, truth = (
-                resize_label(ids, image_shape).numpy()
-                for ids in ((road >= 0.5).astype(np.uint8), label)
-            )
-            save_image(overlay(small, found), errors / f"{image.stem}.jpg")
-            small[(truth == 1) & (found == 0)] = MISSED
-            small[(truth == 0) & (found == 1)] = FALSE
-            save_image(small, errors / f"{image.stem}_errors.jpg")
-            pairs = {"image": (confidence, label)}
-            if (homography := read_homography(image)) is not None:
-                sides = (confidence, 0), (label, VOID)
-                pairs["bev"] = [birds_eye(x, homography, out) for x, out in sides]
-            for plane, pair in pairs.items():
-                for kind in category(image), "urban":
-                    counts[plane][kind].append(confidence_histogram(*pair).numpy())
-            each[image.stem] = scores(counts["image"]["urban"][-1])["IoU50"]
-    pooled = {
+    need_both_classes(sums["image"]["urban"].sum(axis=1), "hold-out")
+    measured = {
         plane: {
-            kind: {"images": len(parts), **scores(np.sum(parts, axis=0))}
-            for kind, parts in groups.items()
-            if parts
+            kind: {"images": len(pooled[plane][kind]), **scores(histogram)}
+            for kind, histogram in groups.items()
         }
-        for plane, groups in counts.items()
+        for plane, groups in sums.items()
     }
-    return pooled, each
+    curves = {kind: precision_recall(sum_) for kind, sum_ in sums["image"].items()}
+    return {"scores": measured, "curves": curves, "holdout": each}
+
+
+def at_half(histogram):
+    """Return an image's IoU and shares of missed and false road at 0.5, in percent."""
+    measures = scores(histogram)
+    _, recall, fp, _ = rates(histogram)
+    false = fp[128] / max(np.sum(histogram[0]), 1)
+    shares = {"missed": 1 - recall[128], "false": false}
+    shares = {name: 100 * float(value) for name, value in shares.items()}
+    return {"IoU": measures["IoU50"]} | shares
+
+
+def precision_recall(histogram):
+    """Return (recall, precision) at each of the 256 thresholds, in percent."""
+    precision, recall, _, _ = rates(histogram)
+    return np.round(100 * np.stack([recall, precision], axis=1), 3).tolist()
 
 
 def score_rows(kinds):
@@ -993,105 +2047,443 @@ def score_rows(kinds):
 
 
 def print_scores(scores):
-    """Print what score_holdout returned."""
+    """Print the scores of score_holdout, in at most 100 columns."""
     for plane, kinds in scores.items():
         print(
             PLANES[plane] + ("" if kinds else ": no hold-out image has a calibration")
         )
         for first, *cells in score_rows(kinds):
-            print(f"{first:8}" + "".join(f"{cell:>10}" for cell in cells))
+            cells = ("thresh." if cell == "threshold" else cell for cell in cells)
+            print(f"{first[:10]:10}" + "".join(f"{cell:>8}" for cell in cells))
 
 
-# -------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------- run
+
+WEIGHTS = "best.weights.h5"  # of a run's folder
+CHECKPOINTS = "checkpoint"  # likewise
+FRAMES = "frames"  # in there: of progress.gif
+FACTS = "fcn8s"  # the attribute of a weight file that says what it is
 
 
 def read_run(run_dir):
-    """Return what run.json in `run_dir` holds."""
-    with blaming(run_dir / "run.json", "the record of a run", "name another folder"):
-        record = json.loads((run_dir / "run.json").read_text())
-        kinds = {"config": dict, "data": dict, "history": list, "resumed": list}
-        if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
-            raise ValueError("damaged")
-        int(record["config"]["image_height"]), int(record["config"]["image_width"])
+    """Return what run.json in `run_dir` holds, for going on with that run.
+
+    Raises ProgramError that names what is missing or of another kind.
+    """
+    path = run_dir / "run.json"
+    with blaming(path, "the record of a run", "name another folder"):
+        record = {"trained": False, "seconds": 0.0, **json.loads(path.read_text())}
+        kinds = {"finished": bool, "trained": bool, "seconds": float, "config": dict}
+        kinds |= {"data": dict, "history": list, "resumed": list}
+        for name, kind in kinds.items():
+            if not isinstance(record.get(name), kind):
+                raise TypeError(f"{name} is {record.get(name)!r}")
+        for number, epoch in enumerate(record["history"], start=1):
+            check_epoch(epoch, number)
+        if not all(type(step) is int for step in record["resumed"]):
+            raise ValueError(f"resumed is {record['resumed']!r}")
         return record
+
+
+def check_epoch(epoch, number):
+    """Raise ValueError unless `epoch` is the record of the epoch with that number."""
+    if not isinstance(epoch, dict) or epoch.get("epoch") != number:
+        raise ValueError(f"history has no epoch {number} in its place")
+    for name, value in epoch.items():
+        if type(value) not in (int, float) or not abs(value) < 1e30:
+            raise ValueError(f"history: {name} of epoch {number} is {value!r}")
 
 
 def is_finished(run_dir):
     """Say so if the run in `run_dir` needs no resuming."""
     if not read_run(run_dir)["finished"]:
         return False
-    shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)  # if a kill left it
+    remove_folder(run_dir / CHECKPOINTS)  # if a kill left it
     print(f"{run_dir} is finished; its weights are {run_dir / WEIGHTS}")
+    print(f"to train on from them: {command('--weights', run_dir)}")
     return True
 
 
-def new_folder(runs_dir):
-    """Make a folder in `runs_dir`, named for the second, with a suffix if taken."""
+def command(flag, path, rest=""):
+    """Return a command line of this program, ready to be typed."""
+    return f"python main.py {flag} {shlex.quote(str(path))}{rest}"
+
+
+def new_folder(runs_dir, name=None, suffix=""):
+    """Make a folder in `runs_dir`, of that name or the second's; numbered if taken."""
+    name = name or time.strftime("%Y%m%d-%H%M%S") + suffix
+    if name != Path(name).name or name.startswith("."):
+        raise ProgramError(f"--name {name}: not the plain name of a folder")
     runs_dir.mkdir(parents=True, exist_ok=True)
-    name = time.strftime("%Y%m%d-%H%M%S")
-    for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+    for number in itertools.count(1):
+        folder = runs_dir / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
-            (runs_dir / (name + suffix)).mkdir()
-            return runs_dir / (name + suffix)
+            folder.mkdir()
+            return folder
 
 
 @contextlib.contextmanager
-def run_folder(runs_dir, resume, facts, chief=True):
-    """Make a run's folder, or take up `resume`; yield it and what run.json holds.
+def open_run(config, classes, split, device):
+    """Make a run's folder, or take up config.resume's; yield the Run.
 
-    `facts` are the run's settings, device and data. `finished` is written, and the
-    checkpoints go, only once the caller is through; if it fails before there is
-    anything to show, a new folder goes again. Of several workers only the `chief`
-    writes. Raises ProgramError while another program is at work there.
+    It counts as finished, and the checkpoints go, only once the caller is through; if
+    it fails before there is anything to show, a new folder goes again. Of several
+    workers only the chief writes. Raises ProgramError while another program is at work
+    there.
     """
-    if not chief:
-        yield resume or runs_dir, {}
+    if set("*?[") & set(str(config.resume or config.runs_dir)):
+        raise ProgramError(
+            f"{config.resume or config.runs_dir}: TensorFlow finds no checkpoint where "
+            "* ? or [ is in the path: name another --runs-dir"
+        )
+    if not device.chief:
+        yield Run(config.resume or config.runs_dir, config, classes, split, device)
         return
-    run_dir = resume or new_folder(runs_dir)
-    packages = ("tensorflow", "keras", "numpy", "imageio", "pillow")
-    facts["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    record = {"finished": False, "resumed": [], "history": [], "best_epoch": None}
-    with locked(run_dir / CHECKPOINTS / "run", wait=False):
-        if resume:
-            record = read_run(run_dir)
-            if record["finished"]:  # while this program looked at the data
-                raise ProgramError(f"{run_dir} is finished: nothing to go on with")
-            if record["data"] != facts["data"]:
-                raise ProgramError(
-                    f"{run_dir} was begun with {record['data']} images, here are "
-                    f"{facts['data']}: name its data set with --data-dir"
-                )
-        record = record | facts | {"scores": {}, "holdout": {}}
+    path = config.resume or new_folder(config.runs_dir, config.name)
+    with locked(path / CHECKPOINTS / "run", wait=False):
+        run = Run(path, config, classes, split, device)
         try:
-            if not resume:  # there it waits until the checkpoint is accepted
-                write_run(run_dir, record)
-            yield run_dir, record
-            write_run(run_dir, record | {"finished": True})
-        except BaseException:
-            if resume or (run_dir / WEIGHTS).exists() or find_checkpoints(run_dir):
-                folder = shlex.quote(str(run_dir))
-                print(f"to go on with this run: python main.py --resume {folder}")
-            else:
-                shutil.rmtree(run_dir)
+            if not config.resume:  # there the checkpoint has to be accepted first
+                run.write()
+            yield run
+            run.finish()
+        except BaseException as error:
+            run.fail(error)
             raise
-    shutil.rmtree(run_dir / CHECKPOINTS)
+    remove_folder(path / CHECKPOINTS)
 
 
-def write_run(run_dir, record):
-    """Write `record` as run.json, and the report on it."""
-    text = json.dumps(record, indent=1, allow_nan=False, default=str)
-    for name, content in ("run.json", text), ("index.html", report(run_dir, record)):
-        with written(run_dir / name) as part:
-            part.write_text(content, "utf-8", "replace")
+class Run:
+    """A run: its folder and record, its state, weights, checkpoints and pictures.
+
+    Of several workers only the chief writes.
+    """
+
+    def __init__(self, path, config, classes, split, device):
+        self.path, self.config = path, config
+        self.split, self.device = split, device
+        self.record = {"finished": False, "trained": False, "seconds": 0.0}
+        self.record |= {"resumed": [], "history": [], "best_epoch": None}
+        if config.resume:
+            self.take_up()
+        self.record |= self.facts(classes) | {"scores": {}, "curves": {}, "holdout": {}}
+        self.began = time.monotonic() - self.record["seconds"]
+        self.begun = not config.resume  # whether the record may be changed
+        self.saved_at = time.monotonic()  # when a checkpoint was written
+        self.saved, self.last = None, 0  # its (step, epoch), its number
+        self.written_epoch = None  # that of best.weights.h5
+        self.writer = ThreadPoolExecutor(1)  # of run.json and the pages
+        self.writing = None  # what it is at
+
+    @property
+    def trained(self):
+        """Whether nothing is left to train."""
+        return self.record["trained"] or not self.config.epochs
+
+    @property
+    def resumes(self):
+        """Whether weights of this very run are there to go on from."""
+        return self.record["trained"] or bool(find_checkpoints(self.config.resume))
+
+    def take_up(self):
+        """Take over the record of the run that is resumed."""
+        record = read_run(self.path)
+        if record["finished"]:  # while this program looked at the data
+            raise ProgramError(f"{self.path} is finished: nothing to go on with")
+        counts, digest = self.split.counts(), self.split.names_digest()
+        if (record["data"], record.get("images", digest)) != (counts, digest):
+            other = " of other names" if record["data"] == counts else ""
+            raise ProgramError(
+                f"{self.path} was begun with {record['data']} images, here are "
+                f"{counts}{other}: name its data set with --data-dir"
+            )
+        epochs = record["config"].get("epochs")
+        if record["trained"] and epochs != self.config.epochs:
+            raise ProgramError(
+                f"{self.path} has been trained for all its {epochs} epochs: leave "
+                f"--epochs out, or train on: {command('--weights', self.path)}"
+            )
+        self.record |= record
+
+    def facts(self, classes):
+        """Return what run.json says of the settings, the device and the data."""
+        config = {
+            name: value.absolute() if isinstance(value, Path) else value  # good in any
+            for name, value in dataclasses.asdict(self.config).items()  # folder
+            if name not in ("resume", "predict", "export")
+        }
+        config["precision"] = self.device.precision  # of a resumed run too
+        fields = dataclasses.fields(self.config)
+        packages = "tensorflow", "keras", "numpy", "imageio", "pillow"
+        return {
+            "state": "running",
+            "started": self.record.get("started", now()),
+            "command": shlex.join(["python", *sys.argv]),
+            "config": config,
+            "defaults": {field.name: field.default for field in fields},
+            "classes": classes,
+            "device": self.device.facts(),
+            "data": self.split.counts(),
+            "images": self.split.names_digest(),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        }
+
+    def begin(self, state, predictor, total_steps):
+        """Take up `state`; where the run is resumed, as it was left."""
+        self.state, self.predictor = state, predictor
+        if self.device.chief:
+            remove_old_checkpoints(self.path)
+            self.make_room()
+        if self.record["trained"]:
+            load_weights(state.model, self.path)
+            copy_weights(state.best, state.model.trainable_variables)
+            state.step.assign(total_steps)
+            state.epoch.assign(self.config.epochs)
+            self.written_epoch = best_epoch(self.record["history"])
+        elif self.resumes:
+            self.last = restore(state, self.path)
+        step = int(state.step.numpy())
+        if step > total_steps:
+            raise ProgramError(
+                f"{self.path} is at step {step} of --epochs' {total_steps}: raise "
+                "--epochs"
+            )
+        self.device.agree(self.shared_facts(step))
+        if self.config.resume:
+            print(f"resumed at step {step} of {total_steps}")
+        if self.device.chief:
+            if self.config.resume:
+                self.note_resuming(step)
+            print(f"the run is in {self.path}; watch {self.path / 'index.html'}")
+
+    def make_room(self):
+        """Raise ProgramError where the disk is too small for the run."""
+        to_come = 3 - len(find_checkpoints(self.path))  # two stay, while one is written
+        checkpoints = 16 * to_come if self.config.epochs else 0
+        parameters = self.state.model.count_params()
+        size = (8 + checkpoints) * parameters + 10**6 * len(self.split.test)
+        need_space(self.path, size, "a run")
+
+    def shared_facts(self, step):
+        """Return what must be the same on all workers."""
+        config = self.record["config"]
+        shared = {k: v for k, v in config.items() if not isinstance(v, Path)}
+        shared |= {"vgg": config["vgg"] == "random", "checkpoint_minutes": None}
+        shared |= self.device.facts() | {"name": None} | self.split.counts()
+        variables = self.state.model.trainable_variables
+        weights = sum(zlib.crc32(w.numpy()) for w in variables)
+        return shared | {"weights": weights, "step": step}
+
+    def note_resuming(self, step):
+        """Put into the record at which step the run goes on, and what is over."""
+        epoch = int(self.state.epoch)
+        self.begun, self.saved = True, (step, epoch)
+        self.record["resumed"].append(step)
+        self.record["history"] = self.record["history"][:epoch]
+        self.record["best_epoch"] = best_epoch(self.record["history"])
+        for frame in find_frames(self.path):
+            if int(frame.stem) > epoch:
+                frame.unlink()
+        self.write_best()
+        self.write()
+
+    @contextlib.contextmanager
+    def training(self):
+        """Yield the Stop of training; then keep what it came to, or end the program."""
+        fitting = naming_the_batch_that_fits(
+            self.state.model,
+            self.predictor.image_shape,
+            self.config.batch_size,
+            self.device.replicas,
+        )
+        with noting_signals(self.device.workers) as self.stop, fitting:
+            yield self.stop
+            with decoration("progress.gif"):
+                if self.device.chief:
+                    write_progress(self.path)
+            if self.device.chief and int(self.state.epoch) < self.config.epochs:
+                self.save()
+            elif self.device.chief:  # no checkpoint: the best weights will do
+                self.wait_for_writer()
+                self.write_best()
+                self.record["trained"] = True
+                self.write()
+        if self.stop.is_set():
+            raise Stopped(self.stop.signum)
+
+    def end_epoch(self, score, epoch):
+        """Add the hold-out's scores to the record of an epoch, and keep the epoch.
+
+        Where it is the best its weights are kept in memory; they are written with the
+        next checkpoint.
+        """
+        epoch |= score()
+        epoch["learning_rate"] = float(self.state.optimizer.learning_rate)
+        if self.device.chief:
+            self.keep(epoch)
+        stops = self.device.mean(self.stop.signum is not None)
+        if self.device.workers > 1 and stops:  # all stop, or none
+            self.stop.signum = self.stop.signum or signal.SIGTERM
+            self.stop.set()
+
+    def keep(self, epoch):
+        """Record an epoch, then print it; write a checkpoint where one is due."""
+        self.wait_for_writer()
+        self.record["history"].append(epoch)
+        self.record["best_epoch"] = best_epoch(self.record["history"])
+        best = self.record["best_epoch"] == epoch["epoch"]
+        if best:
+            copy_weights(self.state.best, self.state.model.trainable_variables)
+        with decoration("a frame of progress.gif"):
+            self.keep_frame(epoch["epoch"])
+        self.writing = self.writer.submit(write_run, self.path, self.as_text())
+        print(epoch_line(epoch, self.config.epochs) + "  best" * best)
+        due = time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes
+        if due and epoch["epoch"] < self.config.epochs:
+            self.save()
+
+    def save(self):
+        """Write the best weights and a checkpoint, unless it is there."""
+        self.wait_for_writer()  # a checkpoint may know no epoch that run.json does not
+        progress = int(self.state.step.numpy()), int(self.state.epoch)
+        if progress == self.saved:
+            return
+        self.write_best()
+        with decoration("progress.gif"):
+            write_progress(self.path)
+        self.last += 1
+        write_checkpoint(self.state, self.path, self.last)
+        self.saved_at, self.saved = time.monotonic(), progress
+        self.write()
+
+    def keep_frame(self, epoch):
+        """Keep what the network makes of the first image, for at most 60 epochs."""
+        if not is_followed(epoch, self.config.epochs):
+            return
+        frame = followed_frame(self.followed, self.predictor, epoch)
+        folder = self.path / CHECKPOINTS / FRAMES
+        folder.mkdir(exist_ok=True)
+        save_image(frame, folder / f"{epoch:09}.png")
+
+    @functools.cached_property
+    def followed(self):
+        """The image that progress.gif follows, at the network's size."""
+        images = [sample.image for sample in self.split.holdout] + self.split.test
+        images += [sample.image for sample in self.split.training]
+        return resize_image(read_image(images[0]), self.predictor.image_shape).numpy()
+
+    def write_best(self):
+        """Write the best weights, unless it is they that are there."""
+        if self.written_epoch != self.record["best_epoch"]:
+            self.write_weights()
+            self.written_epoch = self.record["best_epoch"]
+
+    def write_weights(self):
+        """Write the best weights, with what they are, through the model."""
+        model = self.state.model
+        facts = {"image_height": self.config.image_height}
+        facts |= {"image_width": self.config.image_width}
+        facts |= {name: self.record[name] for name in ("classes", "config", "versions")}
+        facts |= {"run": self.path.name, "epoch": self.record["best_epoch"]}
+        current = [variable.numpy() for variable in model.trainable_variables]
+        try:
+            copy_weights(model.trainable_variables, self.state.best)
+            write_weights(model, self.path / WEIGHTS, facts)
+        finally:
+            copy_weights(model.trainable_variables, current)
+
+    def use_best(self):
+        """Put the best weights into the model; write them where none are written."""
+        copy_weights(self.state.model.trainable_variables, self.state.best)
+        if not self.record["history"]:
+            self.write_weights()
+
+    def score(self):
+        """Score the hold-out, and record and print its scores."""
+        if self.split.holdout:
+            self.record |= score_holdout(self.path, self.predictor, self.split.holdout)
+            print_scores(self.record["scores"])
+            self.write()
+
+    def finish(self):
+        """Record that the run is finished; say what came of it."""
+        self.record |= {"finished": True, "state": "finished"}
+        self.write()
+        if self.record["scores"]:
+            measures = self.record["scores"]["image"]["urban"]
+            epoch = self.record["best_epoch"]
+            best = f", best epoch {epoch} of {self.config.epochs}" if epoch else ""
+            words = f"MaxF {measures['MaxF']:.2f}, IoU {measures['IoU']:.2f}"
+            print(f"hold-out: {words}{best}")
+        print(
+            f"{count_of(len(self.split.test), 'segmented test image')} and the weights "
+            f"are in {self.path}; look at {self.path / 'index.html'}"
+        )
+        print(f"your own: {command('--weights', self.path, ' --predict PATH ...')}")
+        print(f"train on: {command('--weights', self.path)}")
+
+    def fail(self, error):
+        """Record how the run ended; remove its folder where nothing came of it."""
+        with contextlib.suppress(Exception):
+            self.wait_for_writer()
+        there = (self.path / WEIGHTS).exists() or find_checkpoints(self.path)
+        if not (self.config.resume or there):
+            shutil.rmtree(self.path)
+            write_overview(self.path.parent)
+            return
+        if self.begun:
+            stopped = isinstance(error, KeyboardInterrupt)
+            self.record["state"] = "stopped" if stopped else "failed"
+            with contextlib.suppress(OSError):
+                self.write()
+        print(f"to go on with this run: {command('--resume', self.path)}")
+
+    def write(self):
+        """Write run.json and the pages."""
+        write_run(self.path, self.as_text())
+
+    def as_text(self):
+        """Return the record as it is now, as JSON."""
+        self.record["updated"] = now()
+        self.record["seconds"] = time.monotonic() - self.began
+        self.record["peak_memory"] = peak_memory()
+        return json.dumps(self.record, indent=1, allow_nan=False, default=str)
+
+    def wait_for_writer(self):
+        """Wait until the record of the epoch before is on the disk."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
 
 
-def write_epoch(run_dir, record, epoch, state):
-    """Add `epoch` to the record; where it is the best, keep its weights in memory."""
-    record["history"].append(epoch)
-    record["best_epoch"] = best_epoch(record["history"])
-    if record["best_epoch"] == epoch["epoch"]:
-        copy_weights(state.best, state.model.trainable_variables)
-    write_run(run_dir, record)
+def now():
+    """Return the time as run.json has it: "2026-11-22 14:15:00"."""
+    return datetime.datetime.now().isoformat(" ", "seconds")
+
+
+def write_run(run_dir, text):
+    """Write the record `text` as run.json, and the pages on it and on all runs."""
+    with written(run_dir / "run.json", flush=True) as part:
+        part.write_text(text, "utf-8", "replace")
+    with decoration("index.html"), written(run_dir / "index.html") as part:
+        part.write_text(report(run_dir, json.loads(text)), "utf-8", "replace")
+    write_overview(run_dir.parent)
+
+
+def write_overview(runs_dir):
+    """Write the page on all runs."""
+    path = runs_dir / "index.html"
+    with decoration(path), written(path, alone=False) as part:
+        part.write_text(overview(runs_dir), "utf-8", "replace")
+
+
+def epoch_line(epoch, epochs):
+    """Return the line of an epoch; the rest of its record is in run.json."""
+    line = f"epoch {epoch['epoch']}/{epochs}  loss {epoch['loss']:.4f}"
+    if "MaxF" in epoch:
+        line += f"  hold-out {epoch['holdout_loss']:.4f}  MaxF {epoch['MaxF']:.2f}"
+        line += f"  IoU {epoch['IoU']:.2f}"
+    return line + f"  {epoch['seconds']:.0f} s"
 
 
 def best_epoch(history):
@@ -1106,24 +2498,86 @@ def copy_weights(variables, values):
         variable.assign(value)
 
 
-def write_weights(run_dir, state):
-    """Write the best weights, through the model: beside, then renamed."""
-    # HDF5 may crash on a full disk
-    need_space(run_dir, 4 * state.model.count_params() + 10**6, "saving the weights")
-    variables = state.model.trainable_variables
-    current = [variable.numpy() for variable in variables]
-    with written(run_dir / WEIGHTS) as part:
+def check_finite(model):
+    """Raise ValueError unless all weights are finite."""
+    for weights in model.weights:
+        if not np.isfinite(weights.numpy()).all():
+            raise ValueError(f"{weights.path} is not finite")
+
+
+@contextlib.contextmanager
+def loading(vgg_path):
+    """Say that VGG-16 is being loaded: it takes seconds."""
+    print("building the network" + f", VGG-16 from {vgg_path}" * (vgg_path != "random"))
+    yield
+
+
+def write_weights(model, path, facts):
+    """Write the weights of `model` with `facts`, what they are of, all or nothing."""
+    size = 4 * model.count_params() + 10**6
+    need_space(path.parent, size, "saving the weights")  # HDF5 may crash on a full disk
+    print(f"writing {path.name}: {size / 1e6:,.0f} MB")
+    with written(path, flush=True) as part:
         try:
-            copy_weights(variables, state.best)
-            state.model.save_weights(part)
-        finally:
-            copy_weights(variables, current)
+            model.save_weights(part)
+            with h5py.File(part, "r+") as file:
+                file.attrs[FACTS] = json.dumps(facts, default=str)
+        except OSError as error:  # h5py's has two lines
+            reason = " ".join(str(error.strerror or error).split())
+            raise ProgramError(f"{path}: {reason}: make room") from error
+
+
+def find_weights(path):
+    """Return the weight file that --weights names: a file, or a run's folder."""
+    found = path / WEIGHTS if path.is_dir() else path
+    if not found.is_file():
+        raise ProgramError(
+            f"{found}: no such file: name a run's folder or its {WEIGHTS}"
+        )
+    if not found.name.endswith(".weights.h5"):
+        raise ProgramError(
+            f"{found}: Keras reads names in .weights.h5 alone: rename it"
+        )
+    return found
+
+
+def read_weights_facts(path, classes):
+    """Return the input size (H, W) that the weights at `path` were trained at.
+
+    Raises ProgramError for a file that does not say it, or of other classes.
+    """
+    path = find_weights(path)
+    advice = f"name the {WEIGHTS} of a run of this version, or train one"
+    with blaming(path, "weights of this FCN-8s", advice), h5py.File(path) as file:
+        if FACTS not in file.attrs:
+            raise ValueError("it does not say its input size and classes")
+        facts = json.loads(file.attrs[FACTS])
+        if facts["classes"] != classes:
+            raise ValueError(f"its classes are {facts['classes']}, not {classes}")
+        shape = facts["image_height"], facts["image_width"]
+        if not all(type(side) is int and side > 0 and side % 32 == 0 for side in shape):
+            raise ValueError(f"its input size is {shape}")
+        return shape
+
+
+def load_weights(model, path):
+    """Load a run's best weights; raise ProgramError if they are not of this network."""
+    path = find_weights(path)
+    with blaming(path, "weights of this FCN-8s", f"name a run's {WEIGHTS}"):
+        model.load_weights(path)
+        check_finite(model)
 
 
 def find_checkpoints(run_dir):
-    """Return the paths of a run's checkpoints, without suffix, the newest last."""
-    found = (run_dir / CHECKPOINTS).glob("ckpt-*[0-9].index")
-    return sorted((path.with_suffix("") for path in found), key=number)
+    """Return the paths of a run's checkpoints, without suffix, the newest last.
+
+    There is no list of them that could be damaged: the files count.
+    """
+    if run_dir is None:
+        return []
+    found = (run_dir / CHECKPOINTS).glob("ckpt-*.index")
+    paths = [path.with_suffix("") for path in found]
+    return sorted((p for p in paths if re.fullmatch(r"ckpt-\d+", p.name)), key=number)
 
 
 def number(path):
@@ -1131,122 +2585,88 @@ def number(path):
     return int(path.name.rpartition("-")[2])
 
 
-class Checkpoints:
-    """The checkpoints of a run, from which it goes on to the same bits.
+def find_frames(run_dir):
+    """Return the frames of progress.gif, in the order of their epochs."""
+    found = (run_dir / CHECKPOINTS / FRAMES).glob("*.png")
+    return sorted(path for path in found if re.fullmatch(r"\d{9}", path.stem))
 
-    `state` is that of main.optimize. It holds the best weights too, so that weights,
-    history and step belong together, whichever file a power cut left as the last.
-    There is no list of them: the files count, as a list can be damaged.
-    """
 
-    def __init__(self, run_dir, record, state, chief=True):
-        self.run_dir, self.record, self.state = run_dir, record, state
-        self.chief = chief  # of several workers only this one writes
-        self.folder = run_dir / CHECKPOINTS
-        self.saved_at, self.saved, self.last = time.monotonic(), None, 0
-        self.best = None  # the epoch of best.weights.h5
-        if set("*?[") & set(str(run_dir)):
-            raise ProgramError(
-                f"{run_dir}: TensorFlow finds no checkpoint where * ? or [ is in the "
-                "path: name another --runs-dir"
-            )
-        if chief:
-            self.clean()
+def remove_old_checkpoints(run_dir):
+    """Remove all but the newest two, with what a kill left half written."""
+    kept = [path.name for path in find_checkpoints(run_dir)[-2:]]
+    for path in (run_dir / CHECKPOINTS).glob("ckpt-*"):
+        name = re.match(r"ckpt-\d+(?=[._])", path.name)
+        if name and (name[0] not in kept or path.name.endswith("_temp")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def clean(self):
-        """Remove all but the newest two, with what a kill left half written."""
-        kept = [path.name for path in find_checkpoints(self.run_dir)[-2:]]
-        for path in self.folder.glob("ckpt-*"):
-            if path.name.partition(".")[0] not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def write_best(self):
-        """Write the best weights, unless it is they that are there."""
-        if self.best != self.record["best_epoch"]:
-            write_weights(self.run_dir, self.state)
-            self.best = self.record["best_epoch"]
-
-    def restore(self, steps):
-        """Restore the newest checkpoint that is whole, for a run of `steps` steps."""
-        found = find_checkpoints(self.run_dir)
-        for path in reversed(found):
-            try:
-                with blaming(path, "a whole checkpoint", "the one before it counts"):
-                    self.state.read(str(path)).assert_consumed()
-                self.last = number(path)
-                break
-            except ProgramError as error:
-                print(error)
-        else:
-            if found:
-                raise ProgramError(
-                    f"{self.folder}: no checkpoint can be restored: remove this folder "
-                    "and the run starts at step 0 again"
-                )
-        self.saved = step, epoch = int(self.state.step.numpy()), int(self.state.epoch)
-        if step > steps:
-            raise ProgramError(
-                f"{self.run_dir} is at step {step} of --epochs' {steps}: raise --epochs"
-            )
-        print(f"resumed at step {step} of {steps}")
-        if not self.chief:
-            return
-        self.record["resumed"].append(step)
-        self.record["history"] = self.record["history"][:epoch]
-        self.record["best_epoch"] = best_epoch(self.record["history"])
-        for frame in (self.folder / FRAMES).glob("*.png"):
-            if int(frame.stem) > epoch:
-                frame.unlink()
-        self.write_best()
-        write_run(self.run_dir, self.record)
-
-    def save(self, seconds=0):
-        """Write the best weights and a checkpoint, if the last is `seconds` old."""
-        progress = int(self.state.step.numpy()), int(self.state.epoch)
-        if not self.chief or progress == self.saved:
-            return
-        if time.monotonic() - self.saved_at < seconds:
-            return
-        self.write_best()
-        write_progress(self.run_dir)
-        size = 16 * self.state.model.count_params()
-        need_space(self.folder, size + 10**6, "a checkpoint")
-        path = self.folder / f"ckpt-{self.last + 1}"
+def restore(state, run_dir):
+    """Restore `state` from the newest checkpoint that is whole; return its number."""
+    found = find_checkpoints(run_dir)
+    for path in reversed(found):
         try:
-            self.state.write(str(path))
-        except tf.errors.OpError as error:
-            raise ProgramError(
-                f"{path}: {error.message}: the checkpoint before it is kept; make "
-                "room, then resume"
-            ) from error
-        for file in self.folder.glob(f"{path.name}.*"):
-            flush(file)
-        self.saved_at, self.saved, self.last = time.monotonic(), progress, self.last + 1
-        self.clean()
-        write_run(self.run_dir, self.record)
+            with blaming(path, "a whole checkpoint", "the one before it counts"):
+                state.read(str(path)).assert_consumed()
+            return number(path)
+        except ProgramError as error:
+            print(error)
+    raise ProgramError(
+        f"{run_dir / CHECKPOINTS}: no checkpoint can be restored: begin a new run"
+        + f", from its best weights with --weights {run_dir}"
+        * (run_dir / WEIGHTS).exists()
+    )
+
+
+def write_checkpoint(state, run_dir, number):
+    """Write `state`, from which a run goes on to the same bits; keep the newest two.
+
+    It holds the best weights too, so that weights, history and step belong together,
+    whichever file a power cut left as the last.
+    """
+    folder = run_dir / CHECKPOINTS
+    path = folder / f"ckpt-{number}"
+    size = 16 * state.model.count_params() + 10**6
+    need_space(folder, size, "a checkpoint")
+    print(f"writing {CHECKPOINTS}/{path.name}: {size / 1e6:,.0f} MB")
+    try:
+        state.write(str(path))
+    except tf.errors.OpError as error:
+        raise ProgramError(
+            f"{path}: {error.message}: the checkpoint before it is kept; make room, "
+            "then resume"
+        ) from error
+    for file in folder.glob(f"{path.name}.*"):
+        flush_file(file)
+    remove_old_checkpoints(run_dir)
 
 
 # ------------------------------------------------------------------------ report
 
+MISSED, FALSE = (230, 60, 0), (0, 110, 255)  # colours of errors
+TRUTH = (255, 225, 0)  # outline of the ground truth
+ERRORS_WIDTH = 576  # pixels of the pictures of errors
 
-def keep_frame(run_dir, model, path, image_shape, epoch, epochs):
-    """Keep what the network makes of the image at `path`, for at most 60 epochs."""
-    if path is None or epoch % -(-epochs // 60) and epoch not in (1, epochs):
-        return
-    image = resize_image(read_image(path), image_shape).numpy()
-    road = predict_road(model, image[None], image_shape)[0].numpy()
+
+def is_followed(epoch, epochs):
+    """Return whether progress.gif has a frame of an epoch: at most 62 of them have."""
+    return epoch % -(-epochs // 60) == 0 or epoch in (1, epochs)
+
+
+def followed_frame(image, predictor, epoch):
+    """Return what the network makes of `image` (h, w, 3) after an epoch, named."""
+    road = predictor.road(image[None])[0].numpy()
     frame = Image.fromarray(overlay(image, road))
     size = max(frame.height // 10, 10)
-    style = {"font_size": size, "stroke_width": 2, "stroke_fill": "black"}
-    ImageDraw.Draw(frame).text((6, 2), f"epoch {epoch}", **style)
-    folder = run_dir / CHECKPOINTS / FRAMES
-    folder.mkdir(exist_ok=True)
-    save_image(np.asarray(frame), folder / f"{epoch:09}.png")
+    draw = ImageDraw.Draw(frame)
+    draw.text(
+        (6, 2), f"epoch {epoch}", font_size=size, stroke_width=2, stroke_fill="black"
+    )
+    return np.asarray(frame)
 
 
 def write_progress(run_dir):
     """Make progress.gif of the frames that were kept, 60 of them at most."""
-    paths = sorted((run_dir / CHECKPOINTS / FRAMES).glob("*.png"))
+    paths = find_frames(run_dir)
     every = -(-len(paths) // 60) or 1
     paths = paths[::-1][::every][::-1]  # with the last
     if paths:
@@ -1257,149 +2677,589 @@ def write_progress(run_dir):
             frames[0].save(part, duration=durations, **rest)
 
 
-def chart(title, lines, best, log=False):
-    """Return an SVG of {name: [(epoch, value), ...]} with `best`, an epoch, marked."""
-    epochs, values = np.array([point for line in lines.values() for point in line]).T
-    low, high, last = values.min(), values.max(), max(int(epochs.max()), 2)
-    nice = [m * 10.0**k for k in range(-7, 39) for m in (1, 2, 5)]
-    if log:
-        low, high = np.clip((low, high), nice[0], nice[-2])
-    else:
-        step = next(tick for tick in nice if tick >= (high - low) / 5)
-        nice = step * np.arange(np.floor(low / step), np.ceil(high / step) + 2)
-    ticks = [max(tick for tick in nice if tick <= low)]
-    while ticks[-1] < high or len(ticks) < 2:
-        ticks.append(min(tick for tick in nice if tick > ticks[-1]))
-    scale = np.log10 if log else np.asarray
+def error_picture(image, found, label):
+    """Show in uint8 `image` (H, W, 3) where road `found` (H, W) bool is wrong.
 
-    def x(epoch):
-        return round(52 + 416 * (epoch - 1) / (last - 1), 1)
-
-    def y(value):
-        value = np.clip(value, ticks[0], ticks[-1])
-        return round(
-            np.interp(scale(value), scale((ticks[0], ticks[-1])), (232, 40)), 1
-        )
-
-    def text(x, y, kind, words):
-        return f'<text x="{x}" y="{y}" class="{kind}">{words}</text>'
-
-    parts = [text(52, 14, "title", title), text(468, 266, "end", "epoch")]
-    for tick in ticks:
-        parts.append(f'<path class="grid" d="M52 {y(tick)}H468"/>')
-        parts.append(text(46, y(tick) + 4, "end", f"{tick:.4g}"))
-    ticks_x = range(1, last + 1, -(-last // 10))
-    parts += [text(x(epoch), 248, "middle", epoch) for epoch in ticks_x]
-    parts.append(f'<path class="best" d="M{x(best)} 40V232"/>')
-    parts.append(text(468, 31, "end", f"best: {best}"))
-    for index, (name, line) in enumerate(lines.items()):
-        points = [f"{x(epoch)},{y(value)}" for epoch, value in line]
-        points = " ".join(points if len(points) > 1 else 2 * points)  # one is a dot
-        parts.append(f'<polyline class="line{index}" points="{points}"/>')
-        parts.append(text(52 + 130 * index, 31, f"name{index}", name))
-    head = f'<svg viewBox="0 0 480 270" role="img" aria-label="{title}">'
-    return head + "".join(parts) + "</svg>"
+    Missed and false road get their colours, void is hatched, and the road of `label`,
+    ids (H, W), has an outline; what is right is left as it is.
+    """
+    picture, truth = image.copy(), label == 1
+    rows, columns = (np.arange(side, dtype=np.uint16) for side in label.shape)
+    stripes = (rows[:, None] + columns) % 8 < 3
+    picture[label == VOID] = picture[label == VOID] // 4 + 96
+    picture[(label == VOID) & stripes] = 60
+    picture[truth & ~found] = MISSED
+    picture[(label == 0) & found] = FALSE
+    picture[truth & ~inner(truth)] = TRUTH
+    return picture
 
 
+def write_errors(path, image, found, label):
+    """Write the overlay and the errors of `found` (H, W), small, for the report."""
+    width = min(ERRORS_WIDTH, label.shape[1])
+    size = max(round(label.shape[0] * width / label.shape[1]), 1), width
+    small = resize_image(image, size).numpy()
+    found = resize_label(found.astype(np.uint8), size).numpy()
+    label = resize_label(label, size).numpy()
+    save_image(overlay(small, found), path.with_name(f"{path.name}.jpg"))
+    errors = error_picture(small, found == 1, label)
+    save_image(errors, path.with_name(f"{path.name}_errors.jpg"))
+
+
+MEASURES = {  # as scores() has them
+    "images": "number of hold-out images",
+    "MaxF": "largest F1, the harmonic mean of PRE and REC, over all thresholds",
+    "AP": "average precision: mean of the precision at recall 0, 10 ... 100 %",
+    "PRE": "precision: share of the found road that is road",
+    "REC": "recall: share of the road that is found",
+    "FPR": "false positive rate: share of the rest that is taken for road",
+    "FNR": "false negative rate: share of the road that is missed",
+    "threshold": "road probability from which MaxF, PRE, REC, FPR, FNR, IoU take road",
+    "IoU": "intersection over union of the found and the true road",
+    "IoU50": "the same where road begins at a probability of 50 %",
+    "accuracy": "share of the pixels that are right, likewise at 50 %",
+}
+PLANE_NOTES = {
+    "image": "All pixels of the photograph that are not void; urban is all categories.",
+    "bev": "The road from above, 20 m wide and 6 to 46 m ahead, in cells of 5 cm: the "
+    "view of the benchmark's table, where far road counts as much as near road.",
+}
+STATES = "running", "stopped", "failed", "finished"
+RELOAD = 30  # seconds, while a run is running
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root {{ color-scheme: light dark; --line0: #0a6; --line1: #d60 }}
+<meta name="viewport" content="width=device-width, initial-scale=1">{head}<style>
+:root {{ color-scheme: light dark; --dim: color-mix(in srgb, CanvasText 66%, Canvas);
+  --faint: color-mix(in srgb, CanvasText 14%, Canvas); --running: #0067b8;
+  --stopped: #8a5a00; --failed: #b3261e; --finished: #1b7a3d;
+  --c0: #0067b8; --c1: #c8500a; --c2: #1b7a3d; --c3: #a12a8a }}
+@media (prefers-color-scheme: dark) {{ :root {{ --c0: #5db2ff; --c1: #ff9a57;
+  --c2: #5fd08a; --c3: #f08bdc }} }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto;
-  padding: 1rem }}
-h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.2rem; margin-top: 2rem }}
-img, svg {{ max-width: 100%; height: auto; display: block }}
-.grid > img, svg {{ width: 100% }}
-.wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: .9rem }}
-td {{ text-align: right; padding: .15rem .6rem; border-bottom: 1px solid #8886 }}
-td:first-child {{ text-align: left }} figure {{ margin: 0 0 1rem }}
-figcaption {{ font-size: .9rem; overflow-wrap: anywhere }}
-div.grid {{ display: grid; gap: .5rem;
+  padding: 1rem; overflow-wrap: anywhere }}
+h1 {{ font-size: 1.6rem; margin: .5rem 0 }}
+h2 {{ font-size: 1.25rem; margin: 2.5rem 0 .5rem }}
+p {{ margin: .4rem 0; max-width: 48rem }} small, .dim {{ color: var(--dim) }}
+small {{ font-size: .85rem; line-height: 1.35 }} dl, dd, figure {{ margin: 0 }}
+.state {{ font-size: 1rem; font-weight: 600; color: #fff; padding: .1rem .7rem;
+  border-radius: 1rem; white-space: nowrap; vertical-align: middle }}
+.running {{ background: var(--running) }} .stopped {{ background: var(--stopped) }}
+.failed {{ background: var(--failed) }} .finished {{ background: var(--finished) }}
+.cards, .facts, .pictures, .charts {{ display: grid; gap: 1rem }}
+.cards {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr));
+  margin: 1rem 0 }}
+.cards div {{ border: 1px solid var(--faint); border-radius: .5rem;
+  padding: .6rem .9rem }}
+.cards dd {{ font-size: 1.6rem; font-weight: 600; line-height: 1.3 }}
+.cards small {{ display: block; font-weight: 400 }}
+.facts {{ gap: .15rem 2rem; grid-template-columns:
+  repeat(auto-fill, minmax(min(100%, 17rem), 1fr)) }}
+.facts div {{ display: flex; gap: .7rem }} .facts dt {{ white-space: nowrap }}
+.facts dt, .cards dt {{ color: var(--dim) }} .facts .all {{ grid-column: 1 / -1 }}
+code {{ font-size: .9rem; background: var(--faint); padding: .1rem .4rem;
+  border-radius: .3rem; white-space: pre-wrap }}
+.charts {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }}
+.charts figure {{ max-width: 40rem }}
+.charts figure > svg {{ width: 100%; height: auto }}
+.pictures {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }}
+.errors figure {{ margin: 1rem 0 1.5rem }} .pair {{ display: grid; gap: .5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }}
-svg text {{ font-size: 12px; fill: currentColor }} svg .title {{ font-weight: bold }}
-.end {{ text-anchor: end }} .middle {{ text-anchor: middle }}
-path.grid {{ stroke: #8885 }}
-.best {{ stroke: currentColor; stroke-dasharray: 4 3 }}
-polyline {{ fill: none; stroke-width: 2; stroke-linecap: round }}
-.line0 {{ stroke: var(--line0) }} .line1 {{ stroke: var(--line1) }}
-svg .name0 {{ fill: var(--line0) }} svg .name1 {{ fill: var(--line1) }}
-mark {{ padding: 0 .4rem; color: #fff }}
+img {{ width: 100%; height: auto; display: block; border-radius: .3rem;
+  background: var(--faint) }}
+figcaption {{ font-size: .9rem }}
+.key {{ display: inline-block; margin-right: 1rem }} .key i {{ display: inline-block;
+  width: 1rem; height: .8rem; margin-right: .35rem; border: 1px solid var(--dim) }}
+table {{ border-collapse: collapse; font-size: .95rem }}
+th, td {{ text-align: right; padding: .2rem .5rem; vertical-align: top;
+  border-bottom: 1px solid var(--faint); font-variant-numeric: tabular-nums }}
+th {{ font-weight: 600 }} th:first-child, .left {{ text-align: left }}
+.damaged td {{ color: var(--dim); background: #8883 }}
+.wide {{ overflow-x: auto; overflow-wrap: normal; background:
+  linear-gradient(90deg, Canvas 40%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(270deg, Canvas 40%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(90deg, #888a, transparent) left / .8rem 100% no-repeat,
+  linear-gradient(270deg, #888a, transparent) right / .8rem 100% no-repeat }}
+.hint {{ display: none }}
+.runs th, .runs td {{ white-space: nowrap }}
+.runs td.text {{ white-space: normal; overflow-wrap: break-word; min-width: 11rem }}
+@media (max-width: 70rem) {{ .hint {{ display: block }} }}
+@media (max-width: 44rem) {{ .scores tr {{ display: grid; border-bottom: 1px solid
+  var(--faint); grid-template-columns: 6rem repeat(var(--columns), 1fr) }}
+  .scores th, .scores td {{ border: 0; padding: .15rem .2rem }}
+  .scores .left {{ grid-column: 1 / -1 }} }}
+svg text {{ font-size: 13px; fill: currentColor }} .end {{ text-anchor: end }}
+.middle {{ text-anchor: middle }} .grid {{ stroke: var(--faint) }}
+.best {{ fill: color-mix(in srgb, CanvasText 13%, transparent) }}
+polyline {{ fill: none; stroke-width: 2; stroke-linejoin: round }}
+circle {{ stroke: Canvas; stroke-width: 1.5 }}
+.c0 {{ --c: var(--c0) }} .c1 {{ --c: var(--c1) }} .c2 {{ --c: var(--c2) }}
+.c3 {{ --c: var(--c3) }} .c4 {{ --c: CanvasText }} polyline {{ stroke: var(--c) }}
+circle {{ fill: var(--c) }} .key.c i {{ background: var(--c); height: .25rem; border: 0;
+  vertical-align: .25rem }}
 </style></head><body>
 {body}
 </body></html>
 """
 
 
-def report(run_dir, record):
-    """Return a page on a run: settings, scores, curves, pictures, of what there is."""
-    history, body = record["history"], []
+def page(title, body, head=""):
+    """Return an HTML page; bytes of a name that are no UTF-8 become question marks."""
+    text = PAGE.format(title=html.escape(title), head=head, body="\n".join(body))
+    return text.encode("utf-8", "replace").decode("utf-8")
 
-    def table(rows):
-        cells = [[f"<td>{html.escape(str(cell))}</td>" for cell in row] for row in rows]
-        body.append('<div class="wide"><table><tr>')
-        body.append("<tr>".join("".join(row) for row in cells) + "</table></div>")
 
-    def figure(caption, *paths):
-        body.append('<figure><div class="grid">')
-        for path in paths:
-            with contextlib.suppress(OSError), Image.open(path) as image:
-                name = os.fsencode(path.relative_to(run_dir).as_posix())
-                source = urllib.parse.quote(name)
-                size = "width={} height={}".format(*image.size)
-                alt = html.escape(path.stem)
-                body.append(f'<img src="{source}" alt="{alt}" loading="lazy" {size}>')
-        body.append(f"</div><figcaption>{html.escape(caption)}</figcaption></figure>")
+def shown(value):
+    """Return a value of run.json as text for HTML."""
+    words = {None: "none", True: "yes", False: "no"}
+    known = value is None or isinstance(value, bool)
+    return html.escape(words[value] if known else str(value))
 
-    title = html.escape(f"Run {run_dir.name}")
-    state = "finished" if record["finished"] else "not finished"
-    data = ", ".join(f"{count} {name}" for name, count in record["data"].items())
-    data = data.replace("holdout", "hold-out")
-    name = html.escape(record["device"]["name"])
-    body.append(f"<h1>{title}: {state}</h1><p>FCN-8s on VGG-16 for road segmentation.")
-    body.append(f"{len(history)} of {record['config']['epochs']} epochs on {name}; ")
-    body.append(f"images: {data}.</p>")
-    for plane, kinds in record["scores"].items():
-        if kinds:
-            body.append(f"<h2>Hold-out scores, {PLANES[plane]}</h2>")
-            table(score_rows(kinds))
-    if history:
-        losses = {"training": "loss", "hold-out": "holdout_loss"}
-        shares = {"MaxF": "MaxF", "IoU at 0.5": "IoU"}
-        body.append('<h2>Training</h2><div class="grid">')
-        for name, fields, log in (
-            ("Loss: cross entropy, nats a pixel, log scale", losses, True),
-            ("Hold-out at the network's size, percent", shares, False),
-        ):
-            lines = {
-                line: [(epoch["epoch"], epoch[field]) for epoch in history]
-                for line, field in fields.items()
-                if field in history[0]
-            }
-            if lines:
-                body.append(chart(name, lines, record["best_epoch"], log))
-        body.append("</div>")
-    if (run_dir / "progress.gif").exists():
-        body.append("<h2>One image through the epochs</h2>")
-        body.append('<div style="max-width: 36rem">')
-        figure("", run_dir / "progress.gif")
-        body.append("</div>")
-    if record["holdout"]:
-        body.append("<h2>Hold-out, from worst to best</h2><p>IoU at 0.5, at own size.")
-        for words, colour in ("missed road", MISSED), ("false road", FALSE):
-            body.append(f'<mark style="background: rgb{colour}">{words}</mark>')
-        body.append("</p>")
-    for name, iou in sorted(record["holdout"].items(), key=lambda item: item[1]):
-        paths = (run_dir / "errors" / f"{name}{end}.jpg" for end in ("", "_errors"))
-        figure(f"{name}: IoU {iou:.2f}", *paths)
-    if overlays := sorted(run_dir.glob("[!.]*.png")):
-        body.append('<h2>Test images</h2><div class="grid">')
-        for path in overlays:
-            figure(path.stem, path)
-        body.append("</div>")
-    body.append("<h2>Settings</h2>")
-    table(
-        item
-        for part in ("config", "device", "versions")
-        for item in record[part].items()
+
+def link(path, folder):
+    """Return the address of `path` on a page in `folder`."""
+    name = os.fsencode(path.relative_to(folder).as_posix())
+    return html.escape(urllib.parse.quote(name))
+
+
+def clock(seconds):
+    """Return seconds as "h:mm:ss"."""
+    return str(datetime.timedelta(seconds=round(seconds or 0)))
+
+
+def state_of(record):
+    """Return one of STATES, of records too that hold only `finished`."""
+    state = record.get("state")
+    return state if state in STATES else STATES[3 if record["finished"] else 1]
+
+
+def best_measures(record):
+    """Return MaxF and IoU in percent, and how they were measured; or {} and why not."""
+    if measures := record["scores"].get("image", {}).get("urban"):
+        return measures, "hold-out at its own size"
+    for epoch in record["history"]:
+        if epoch["epoch"] == record["best_epoch"] and "MaxF" in epoch:
+            return epoch, "hold-out at the network's size, not yet scored at its own"
+    return {}, "no hold-out image is scored"
+
+
+def differing(record):
+    """Return the names of the settings that are not the defaults."""
+    defaults = record.get("defaults", {})
+    return [
+        name
+        for name, value in record["config"].items()
+        if name in defaults and str(value) != str(defaults[name])  # paths are text
+    ]
+
+
+class Axis(NamedTuple):
+    """Where values stand on one side of a chart."""
+
+    title: str
+    ticks: list
+    low: float
+    high: float
+    log: bool = False
+
+    def place(self, values, start, end):
+        """Return the coordinates of `values` between those of the axis' ends."""
+        values, ends = np.array(values, float), (self.low, self.high)
+        if self.log:
+            values, ends = np.log10(np.maximum(values, self.low)), np.log10(ends)
+        return start + (end - start) * (values - ends[0]) / (ends[1] - ends[0])
+
+    def labels(self):
+        """Return the ticks as text, with digits enough to tell them apart."""
+        if self.log:
+            return [f"{tick:g}" for tick in self.ticks]
+        step = min(np.diff(self.ticks), default=1)
+        digits = max(-math.floor(math.log10(step) + 1e-6), 0)
+        return [f"{tick:.{digits}f}" for tick in self.ticks]
+
+
+def value_axis(title, values, log=False):
+    """Return the Axis of two to eight round ticks that encloses `values`."""
+    low, high = min(values), max(values)
+    if log:
+        nice = [m * 10.0**k for k in range(-9, 60) for m in (1, 2, 5)]
+        first = max(np.searchsorted(nice, low, "right") - 1, 0)
+        last = min(max(np.searchsorted(nice, high), first + 1), len(nice) - 1)
+        every = 1
+        if last - first > 7:  # whole decades
+            first, every = first - first % 3, 3 * -(-(last - first) // 18)
+        ticks = nice[first : last + every : every]
+    else:
+        span = high - low or abs(high) or 1
+        nice = (m * 10.0**k for k in itertools.count(-10) for m in (1, 2, 5))
+        step = next(tick for tick in nice if tick >= 0.999 * span / 5)
+        first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+        ticks = [step * k for k in range(first, max(last, first + 1) + 1)]
+    return Axis(title, ticks, ticks[0], ticks[-1], log)
+
+
+def plot(title, lines, across, up, marks=(), best=None):
+    """Return a figure of {name: [(x, y), ...]} on two axes.
+
+    `marks` are dots (x, y, name, words to hover); `best`, an epoch, gets a band that is
+    wider than its dots. What leaves the axes is cut off.
+    """
+    left, top, right, bottom = 62, 26, 464, 220
+    text = '<text x="{:.0f}" y="{:.0f}" class="{}">{}</text>'.format
+    parts, colours = [], {name: f"c{index % 5}" for index, name in enumerate(lines)}
+    if best is not None:
+        x = float(across.place(best, left, right))
+        half = np.clip(0.4 * (right - left) / (across.high - across.low), 5, 26)
+        box = f'x="{x - half:.1f}" y="{top}" width="{2 * half:.1f}"'
+        parts.append(f'<rect class="best" {box} height="{bottom - top}"/>')
+        words = f"best: {best}"
+        parts.append(text(np.clip(x, 95, 440), top - 8, "middle", words))
+    for y, label in zip(up.place(up.ticks, bottom, top), up.labels()):
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
+        parts.append(text(left - 7, y + 4, "end", label))
+    for x, label in zip(across.place(across.ticks, left, right), across.labels()):
+        parts.append(text(x, bottom + 18, "middle", label))
+    parts.append(text(right, bottom + 38, "end", across.title))
+    inside = f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"'
+    box = f"{left} {top} {right - left} {bottom - top}"
+    parts.append(f'<svg {inside} viewBox="{box}">')
+    for name, line in lines.items():
+        x, y = np.reshape(line, (-1, 2)).T
+        x, y = across.place(x, left, right), up.place(y, bottom, top)
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+        parts.append(f'<polyline class="{colours[name]}" points="{points}"/>')
+    parts.append("</svg>")
+    for x, y, name, words in marks:
+        x, y = across.place(x, left, right), up.place(y, bottom, top)
+        dot = f'<circle class="{colours[name]}" cx="{x:.1f}" cy="{y:.1f}" r="4.5">'
+        parts.append(f"{dot}<title>{html.escape(words)}</title></circle>")
+    keys = [
+        f'<span class="key c {colours[name]}"><i></i>{html.escape(name)}</span>'
+        for name in lines
+    ]
+    return (
+        f"<figure><figcaption><b>{title}</b> {''.join(keys)}</figcaption>"
+        f'<svg viewBox="0 0 480 264" role="img" aria-label="{title}">'
+        f"{''.join(parts)}</svg></figure>"
     )
-    return PAGE.format(title=title, body="\n".join(body))
+
+
+def chart(title, lines, best, log=False):
+    """Return a figure of {name: [(epoch, value), ...]}, few points with dots."""
+    last = max(epoch for line in lines.values() for epoch, _ in line)
+    steps = (m * 10**k for k in itertools.count() for m in (1, 2, 5))
+    step = next(step for step in steps if step >= last / 8)
+    ticks = sorted({1, *range(step, last + 1, step)})
+    across = Axis("epoch", ticks, 0.5, last + 0.5)
+    up = value_axis("", [value for line in lines.values() for _, value in line], log)
+    marks = [
+        (epoch, value, name, f"epoch {epoch}, {name}: {value:.4g}")
+        for name, line in lines.items()
+        for epoch, value in line
+        if len(line) <= 25
+    ]
+    return plot(title, lines, across, up, marks, best)
+
+
+def recall_chart(curves, kinds):
+    """Return the figure of precision over recall, near the marks of MaxF.
+
+    `curves` {category: [[recall, precision], ...]} in percent, `kinds` {category:
+    measures}; where nothing is found there is no precision, hence no point.
+    """
+    lines, marks = {}, []
+    for kind in (kind for kind in kinds if kind in curves):
+        recall, precision, threshold = (
+            kinds[kind][name] for name in ("REC", "PRE", "threshold")
+        )
+        name = f"{kind}, dot at {threshold:.1f} %"
+        lines[name] = [point for point in curves[kind] if point[0] > 0]
+        marks.append((recall, precision, name, name))
+    worst = min(min(mark[:2]) for mark in marks)
+    low = max(100 - 3 * max(100 - worst, 1), 0)  # the marks in the middle
+    recall = value_axis("recall, percent", (low, 100))
+    precision = value_axis("precision, percent", (low, 100))
+    return plot("Precision (up) and recall, percent", lines, recall, precision, marks)
+
+
+def cards(record):
+    """Return the largest figures of a run: [(name, value, explanation), ...]."""
+    measures, source = best_measures(record)
+    done, epochs = len(record["history"]), record["config"]["epochs"]
+    maxf, iou = (
+        f"{measures[name]:.2f} %" if measures else "–" for name in ("MaxF", "IoU")
+    )
+    threshold = "at MaxF's threshold" if "AP" in measures else "at 50 %"
+    best = "that of the largest MaxF" if measures else "the last, without hold-out"
+    best += f"; {done} of {epochs} done"
+    memory = f"{(record.get('peak_memory') or 0) / 1e9:.2f} GB"
+    return [
+        ("MaxF", maxf, f"{MEASURES['MaxF']}; {source}"),
+        ("IoU", iou, f"{MEASURES['IoU']}, {threshold}"),
+        ("Best epoch", record["best_epoch"] or "–", best),
+        ("Duration", clock(record.get("seconds")), "hours, all sessions"),
+        ("Peak memory", memory, "of the GPU, else of the program"),
+    ]
+
+
+def headline(run_dir, record):
+    """Return what one wants to know first, as a list of HTML."""
+    state, device = state_of(record), record["device"]
+    many = [f"{device[name]} {name}" for name in ("replicas", "workers")]
+    many = [words for words in many if not words.startswith("1 ")]
+    counts = [f"{count} {name}" for name, count in record["data"].items()]
+    facts = {
+        "Started": record.get("started", ""),
+        "Updated": record.get("updated", ""),
+        "Device": ", ".join([device["name"], *many]),
+        "Images": ", ".join(counts).replace("holdout", "hold-out"),
+        "Resumed at step": ", ".join(map(str, record["resumed"])),
+    }
+    name = shown(run_dir.name)
+    body = [f'<h1>{name} <span class="state {state}">{state}</span></h1>']
+    body.append("<p>FCN-8s on VGG-16 for road segmentation.")
+    if (run_dir.parent / "index.html").exists():
+        body.append('<a href="../index.html">All runs</a>')
+    if state == "running":
+        body.append(f"<small>This page reloads itself every {RELOAD} s.</small>")
+    body.append("</p>")
+    if state in ("stopped", "failed"):
+        command = f"python main.py --resume {shlex.quote(str(run_dir))}"
+        body.append(f"<p>To go on with it: <code>{html.escape(command)}</code></p>")
+    body.append('<dl class="cards">')
+    for name, value, why in cards(record):
+        value = f"{shown(value)}<small>{html.escape(why)}</small>"
+        body.append(f"<div><dt>{name}</dt><dd>{value}</dd></div>")
+    body.append('</dl><dl class="facts">')
+    for name, value in facts.items():
+        if value:
+            body.append(f"<div><dt>{name}</dt><dd>{shown(value)}</dd></div>")
+    if command := record.get("command"):
+        command = f"<code>{shown(command)}</code>"
+        body.append(f'<div class="all"><dt>Command</dt><dd>{command}</dd></div>')
+    return [*body, "</dl>"]
+
+
+def score_section(record):
+    """Return the hold-out's measures, explained, and its precision-recall curve."""
+    body, planes = (
+        [],
+        {plane: kinds for plane, kinds in record["scores"].items() if kinds},
+    )
+    for plane, kinds in planes.items():
+        body.append(f"<h2>Hold-out scores, {PLANES[plane]}</h2>")
+        body.append(f"<p>{PLANE_NOTES[plane]} In percent.</p>")
+        columns = f'style="--columns: {len(kinds)}"'
+        heads = "".join(f"<th>{shown(kind)}</th>" for kind in kinds)
+        body.append(f'<table class="scores" {columns}><tr><th></th>{heads}</tr>')
+        for name in next(iter(kinds.values())):
+            digits = 0 if name == "images" else 2
+            values = [f"{measures[name]:.{digits}f}" for measures in kinds.values()]
+            cells = "".join(f"<td>{value}</td>" for value in values)
+            why = MEASURES.get(name, "") if plane == next(iter(planes)) else ""
+            why = f'<td class="left dim">{why}</td>' if why else ""
+            body.append(f"<tr><th>{shown(name)}</th>{cells}{why}</tr>")
+        body.append("</table>")
+    curves, kinds = record.get("curves") or {}, planes.get("image", {})
+    if curves.keys() & kinds.keys():
+        body.append("<h2>Precision and recall, image plane</h2><p>Each point is a")
+        body.append(
+            "threshold: a lower one finds more road, and more that is none. The"
+        )
+        body.append("dot is MaxF's.</p>")
+        body.append(f'<div class="charts">{recall_chart(curves, kinds)}</div>')
+    return body
+
+
+def training_section(record):
+    """Return the curves over the epochs; the best one has a band."""
+    charts, history = [], record["history"]
+    for title, fields, log in (
+        (
+            "Loss, nats a pixel, log",
+            {"training": "loss", "hold-out": "holdout_loss"},
+            1,
+        ),
+        ("Hold-out, percent", {"MaxF": "MaxF", "IoU at 50 %": "IoU"}, 0),
+        ("Learning rate", {"decoder": "learning_rate"}, 0),
+        ("Gradient norm, log", {"before clipping": "gradient_norm"}, 1),
+    ):
+        lines = {
+            name: [
+                (epoch["epoch"], epoch[field]) for epoch in history if field in epoch
+            ]
+            for name, field in fields.items()
+        }
+        lines = {name: line for name, line in lines.items() if line}
+        if lines:
+            charts.append(chart(title, lines, record["best_epoch"], bool(log)))
+    head = '<h2>Training</h2><p class="dim">The band is the best epoch; the hold-out is'
+    head += " measured at the network's size here.</p>"
+    return [head, '<div class="charts">', *charts, "</div>"]
+
+
+def picture(path, run_dir, target=None):
+    """Return the HTML of an image, loaded once it is looked at; "" if there is none."""
+    with contextlib.suppress(OSError), Image.open(path) as image:
+        width, height = image.size
+        size = f'width="{width}" height="{height}" loading="lazy"'
+        source, alt = link(path, run_dir), html.escape(path.stem)
+        return (
+            f'<a href="{link(target or path, run_dir)}">'
+            f'<img src="{source}" alt="{alt}" {size}></a>'
+        )
+    return ""
+
+
+def error_section(run_dir, record):
+    """Return the hold-out's images, the worst first, each beside its errors."""
+    body = ['<h2>Hold-out, from worst to best</h2><p class="key-line">']
+    stripes = "repeating-linear-gradient(135deg, #333 0 3px, #999 3px 6px)"
+    for words, background in (
+        ("missed road", f"rgb{MISSED}"),
+        ("false road", f"rgb{FALSE}"),
+        ("outline of the true road", f"rgb{TRUTH}"),
+        ("void: not scored", stripes),
+        ("road that was found (left picture)", f"rgb{ROAD}"),
+    ):
+        swatch = f'<i style="background: {background}"></i>'
+        body.append(f'<span class="key">{swatch}{words}</span>')
+    body.append("</p><p>Road is found where its probability is at least 50 %.")
+    body.append(f"IoU: {MEASURES['IoU']}.</p>")
+    body.append('<div class="errors">')
+    holdout = record["holdout"].items()
+    for name, errors in sorted(holdout, key=lambda item: item[1]["IoU"]):
+        paths = [run_dir / "errors" / f"{name}{end}.jpg" for end in ("", "_errors")]
+        words = (
+            f"{name}: category {errors['category']}, IoU {errors['IoU']:.2f} %; "
+            f"{errors['missed']:.2f} % of the road missed, {errors['false']:.2f} % of "
+            "the rest taken for road"
+        )
+        body.append('<figure><div class="pair">')
+        body += [picture(path, run_dir) for path in paths]
+        body.append(f"</div><figcaption>{html.escape(words)}</figcaption></figure>")
+    return [*body, "</div>"]
+
+
+def sample_section(run_dir, paths):
+    """Return the test images' overlays, small, each a link to its PNG."""
+    body = [f"<h2>Test images</h2><p>{len(paths)}, each a link to its full size.</p>"]
+    body.append('<div class="pictures">')
+    for path in paths:
+        small = run_dir / "thumbnails" / f"{path.stem}.jpg"
+        image = picture(small, run_dir, path) or picture(path, run_dir)
+        caption = f"<figcaption>{html.escape(path.stem)}</figcaption>"
+        body.append(f"<figure>{image}{caption}</figure>")
+    return [*body, "</div>"]
+
+
+def settings_section(record):
+    """Return the settings, those that are not the defaults first, and the versions."""
+    body, changed = ["<h2>Settings</h2>"], differing(record)
+    config, defaults = record["config"], record.get("defaults", {})
+    if defaults:
+        body.append("<p>What differs from the defaults comes first.</p>")
+    body.append('<dl class="facts">')
+    for name in sorted(config, key=lambda name: name not in changed):
+        value = shown(config[name])
+        real = record["device"].get(name, config[name])  # of precision and xla
+        if real != config[name]:
+            value += f", here {shown(real)}"
+        if name in changed:
+            value = f"<b>{value}</b> <small>default {shown(defaults[name])}</small>"
+        dim = ' class="dim"' if defaults and name not in changed else ""
+        body.append(f"<div{dim}><dt>{shown(name)}</dt><dd>{value}</dd></div>")
+    body.append('</dl><h2>Versions</h2><dl class="facts">')
+    for name, value in record["versions"].items():
+        row = f"<dt>{shown(name)}</dt><dd>{shown(value)}</dd>"
+        body.append(f'<div class="dim">{row}</div>')
+    return [*body, "</dl>"]
+
+
+def report(run_dir, record):
+    """Return the page on a run: one HTML file, with what there is so far."""
+    body = headline(run_dir, record)
+    body += score_section(record)
+    if record["history"]:
+        body += training_section(record)
+    if progress := picture(run_dir / "progress.gif", run_dir):
+        body.append("<h2>One image through the epochs</h2>")
+        body.append(f'<div style="max-width: 36rem">{progress}</div>')
+    if record["holdout"]:
+        body += error_section(run_dir, record)
+    if overlays := sorted(run_dir.glob("[!.]*.png")):
+        body += sample_section(run_dir, overlays)
+    body += settings_section(record)
+    running = state_of(record) == "running"
+    head = f'<meta http-equiv="refresh" content="{RELOAD}">' if running else ""
+    return page(f"Run {run_dir.name}: {state_of(record)}", body, head)
+
+
+COLUMNS = (  # of the overview, and their style
+    dict.fromkeys(("Run", "State", "Started"), "left")
+    | dict.fromkeys(("MaxF", "IoU", "Epochs", "Batch", "Input"), "")
+    | {"Start": "left", "Duration": "", "Other settings": "left text"}
+)
+NO_REMARK = {"epochs", "batch_size", "image_height", "image_width", "vgg", "weights"}
+NO_REMARK |= {"data_dir", "runs_dir", "resume"}  # where, not how
+
+
+def overview_row(path):
+    """Return when a run started and its cells; raises whatever a damage leads to."""
+    record = read_run(path)
+    config, state = record["config"], state_of(record)
+    measures, _ = best_measures(record)
+    unsure = "" if "AP" in measures else "~"
+    done, vgg = len(record["history"]), {"downloaded": "VGG-16"}
+    changed = [name for name in differing(record) if name not in NO_REMARK]
+    changed = [f"{shown(name)} {shown(config[name])}" for name in changed]
+    started = str(record.get("started") or "")
+    cells = [
+        f'<a href="{link(path / "index.html", path.parent)}">{shown(path.name)}</a>',
+        f'<span class="state {state}">{state}</span>',
+        shown(started[:16]),
+        *(
+            f"{unsure}{measures[name]:.2f}" if measures else ""
+            for name in ("MaxF", "IoU")
+        ),
+        shown(done if done == config["epochs"] else f"{done} of {config['epochs']}"),
+        shown(config["batch_size"]),
+        shown(f"{config['image_width']}x{config['image_height']}"),
+        shown(config.get("weights") or vgg.get(config["vgg"], config["vgg"])),
+        clock(record["seconds"]) if record.get("seconds") else "",
+        ", ".join(changed) if "defaults" in record else "defaults not recorded",
+    ]
+    return started, cells
+
+
+def overview(runs_dir):
+    """Return the page on all runs of a folder, the newest first, to compare them."""
+    rows = []
+    for path in runs_dir.glob("[!.]*"):
+        if not os.path.lexists(path / "run.json"):
+            continue  # of --predict, or no run at all
+        try:
+            with blaming(path / "run.json", "the record of a run", "remove it"):
+                started, cells = overview_row(path)
+        except ProgramError:
+            started, cells = "", [shown(path.name), "damaged", *[""] * 9]
+        # a folder is named for its second, unless somebody renamed it
+        time = re.sub(r"\D", "", started or path.name)[:14]
+        rows.append((time, path.name, cells))
+    rows.sort(reverse=True)
+    body = [
+        f"<h1>{len(rows)} runs</h1><p>Scores of the hold-out over all categories, in"
+    ]
+    body.append("percent; with ~ at the network's size, as its own is not scored yet.")
+    for name in "MaxF", "IoU":
+        body.append(f"<br><b>{name}</b>: {MEASURES[name]}.")
+    body.append('</p><p class="hint">The table scrolls sideways.</p>')
+    body.append('<div class="wide"><table class="runs"><tr>')
+    body.append(
+        "".join(f'<th class="{kind}">{name}</th>' for name, kind in COLUMNS.items())
+    )
+    for _, _, cells in rows:
+        body.append(f'</tr><tr class="{"damaged" if "damaged" in cells else ""}">')
+        for cell, kind in zip(cells, COLUMNS.values()):
+            body.append(f'<td class="{kind}">{cell}</td>')
+    body.append("</tr></table></div>")
+    return page("Runs", body)

@@ -1,78 +1,86 @@
 """Train FCN-8s on VGG-16 for KITTI Road and segment the benchmark's test images.
 
 Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation",
-CVPR 2015. The file reads from top to bottom in the order in which the program runs.
+CVPR 2015. The file reads from top to bottom in the order in which the program runs;
+everything around the network is in helper.py.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import os
-import shutil
-import signal
+import functools
 import sys
+import threading
 import time
-import zlib
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, NamedTuple, get_type_hints
 
-if __name__ == "__main__":  # the imports take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, by the import
+import helper  # first: it brings TensorFlow up without its remarks
+from helper import VOID, ProgramError
 
+# isort: split
 import keras
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-import helper
-from helper import VOID, ProgramError
-
 CLASSES = ["background", "road"]
 
-# ------------------------------------------------------------------------ config
+# ---------------------------------------------------------------------- settings
 
-SIDE = "a multiple of 32 in [32, 65536]"
-PRECISIONS = "auto, float32, bfloat16 or float16"
-ALLOWED = {
-    "anything": lambda value: True,
-    "in [0, 2^31)": lambda value: 0 <= value < 2**31,
-    "in [1, 2^31)": lambda value: 1 <= value < 2**31,
-    "in [0, 1)": lambda value: 0 <= value < 1,
-    "in [0.01, 1]": lambda value: 0.01 <= value <= 1,
-    "in [1e-9, 1]": lambda value: 1e-9 <= value <= 1,
-    SIDE: lambda value: value in range(32, 65537, 32),
-    PRECISIONS: lambda value: value in PRECISIONS.replace(",", "").split(),
-}
+
+class Range(NamedTuple):
+    """The numbers that a setting allows: from `low` to `high`, multiples of `step`."""
+
+    low: float
+    high: float = 2**31 - 1
+    step: int | None = None
+
+    def read(self, kind, text):
+        """Return `text` as a number of `kind`; an argparse type but for `kind`."""
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if self.low <= value <= self.high and not (self.step and value % self.step):
+            return value
+        multiple = f"a multiple of {self.step}" if self.step else kind.__name__
+        raise argparse.ArgumentTypeError(
+            f"{text} is not {multiple} in [{self.low}, {self.high}]"
+        )
+
+
+SIDE = Range(32, 65472, step=32)  # JPEG, in which errors are shown, ends at 65,500
+PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The settings: type, allowed values, meaning, default."""
 
-    demo: Annotated[bool, "anything", "drawn data, small images, no download"] = False
-    epochs: Annotated[int, "in [0, 2^31)", "passes over the training images"] = 50
-    batch_size: Annotated[int, "in [1, 2^31)", "images in a step"] = 5
-    learning_rate: Annotated[float, "in [1e-9, 1]", "Adam's, for the decoder"] = 0.001
-    vgg_learning_rate: Annotated[float, "in [0, 1)", "Adam's, for VGG-16"] = 0.0001
-    keep_prob: Annotated[float, "in [0.01, 1]", "share that dropout keeps"] = 0.5
-    l2: Annotated[float, "in [0, 1)", "weight of the decoder's L2 term"] = 0.001
+    demo: Annotated[bool, None, "drawn data, small images, no download"] = False
+    epochs: Annotated[int, Range(0), "passes over the training images"] = 50
+    batch_size: Annotated[int, Range(1), "images in a step"] = 5
+    learning_rate: Annotated[float, Range(1e-9, 1), "Adam's, for the decoder"] = 0.001
+    vgg_learning_rate: Annotated[float, Range(0, 1), "Adam's, for VGG-16"] = 0.0001
+    keep_prob: Annotated[float, Range(0.01, 1), "share that dropout keeps"] = 0.5
+    l2: Annotated[float, Range(0, 1), "weight of the decoder's L2 term"] = 0.001
     image_height: Annotated[int, SIDE, "rows of the input, a multiple of 32"] = 160
     image_width: Annotated[int, SIDE, "columns of the input, likewise"] = 576
-    holdout_fraction: Annotated[float, "in [0, 1)", "share kept for scoring"] = 0.1667
-    seed: Annotated[int, "in [0, 2^31)", "of weights, order, jitter and dropout"] = 0
-    deterministic: Annotated[bool, "anything", "same bits on a GPU, slower"] = False
+    holdout_fraction: Annotated[float, Range(0, 0.99), "share kept to score"] = 0.1667
+    seed: Annotated[int, Range(0), "of weights, order, jitter and dropout"] = 0
+    deterministic: Annotated[bool, None, "same bits on a GPU, slower"] = False
     precision: Annotated[str, PRECISIONS, "of the encoder"] = "auto"
-    xla: Annotated[bool, "anything", "compile the step, on one GPU"] = False
-    vgg: Annotated[str, "anything", "VGG-16 weight file, or random"] = "downloaded"
-    data_dir: Annotated[Path, "anything", "where data and VGG-16 are"] = Path("data")
-    runs_dir: Annotated[Path, "anything", "where runs write"] = Path("runs")
-    resume: Annotated[Path, "anything", "folder of the run to go on with"] = None
-    checkpoint_minutes: Annotated[float, "in [0, 2^31)", "between checkpoints"] = 5.0
-    weights: Annotated[Path, "anything", "a run's best.weights.h5 to start from"] = None
-    predict: Annotated[Path, "anything", "image, folder or video to segment"] = None
-    export: Annotated[Path, "anything", "new folder for a SavedModel"] = None
-    submission: Annotated[bool, "anything", "write the benchmark's zip"] = False
+    xla: Annotated[bool, None, "compile the step, on one GPU"] = False
+    vgg: Annotated[str, None, "VGG-16 weight file, or random"] = "downloaded"
+    data_dir: Annotated[Path, None, "where data and VGG-16 are"] = Path("data")
+    runs_dir: Annotated[Path, None, "where runs write"] = Path("runs")
+    name: Annotated[str, None, "of the folder in there (the time)"] = None
+    resume: Annotated[Path, None, "folder of the run to go on with"] = None
+    checkpoint_minutes: Annotated[float, Range(0), "between checkpoints"] = 5.0
+    weights: Annotated[Path, None, "a run or its best.weights.h5 to start from"] = None
+    predict: Annotated[list, None, "images, folders and videos to segment"] = None
+    export: Annotated[Path, None, "new folder for a SavedModel"] = None
+    submission: Annotated[bool, None, "write the benchmark's zip"] = False
 
 
 GROUPS = {  # of --help, by their first setting
@@ -82,80 +90,131 @@ GROUPS = {  # of --help, by their first setting
     "weights": "use what was trained; with --epochs 0 it is scored",
     "submission": "submit to the benchmark",
 }
-SIZES = "image_height", "image_width"
-DEMO = "--epochs 6 --image-height 64 --image-width 192 --keep-prob 1 --vgg random"
+DEMO = {  # its defaults
+    "epochs": 6,
+    "image_height": 64,
+    "image_width": 192,
+    "keep_prob": 1.0,
+    "vgg": "random",
+}
+USING = {  # what goes with --predict and --export
+    "weights",
+    "predict",
+    "export",
+    "runs_dir",
+    "name",
+    "batch_size",
+    "image_height",
+    "image_width",
+    "precision",
+}
+RESUMING = {"resume", "epochs", "data_dir", "runs_dir"}  # what goes with --resume
 
 
-def parse(argv):
-    """Return the Config of a command line; a bad one exits with one line and code 2."""
+def flag(name):
+    """Return the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def settings_parser():
+    """Return the parser of a command line, made of Config."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, argument_default=argparse.SUPPRESS
+        description=__doc__.partition("\n")[0], allow_abbrev=False
     )
-    parser.description = __doc__.partition("\n")[0]
     parser.error = lambda message: parser.exit(2, f"{message}: see main.py --help\n")
-
-    def checked(kind, allowed):
-        def convert(text):
-            value = kind(text)
-            if not ALLOWED[allowed](value):
-                raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
-            return value
-
-        convert.__name__ = kind.__name__  # for argparse: invalid int value: 'x'
-        return convert
-
     hints = get_type_hints(Config, include_extras=True)
+    metavars = {int: "N", float: "X", str: "NAME", Path: "PATH", list: "PATH"}
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
         kind = hints[field.name].__origin__
         allowed, meaning = hints[field.name].__metadata__
-        how = {"action": "store_true"}
-        if kind is not bool:
-            metavar = {int: "N", float: "X", str: "NAME"}.get(kind, "PATH")
-            how = {"type": checked(kind, allowed), "metavar": metavar}
-            meaning += f" ({field.default})" if field.default is not None else ""
-        group.add_argument(flag(field.name), help=meaning, **how)
-    given = vars(parser.parse_args(argv))
-    before = DEMO.split() if "demo" in given else []
-    if given.keys() & {"predict", "export"}:
-        if "weights" not in given:
-            parser.error("--predict and --export need --weights")
-        useful = {"weights", "predict", "export", "runs_dir", "batch_size"}
-        useful |= {"precision", *SIZES}
-        if idle := given.keys() - useful:
-            parser.error(f"{flag(min(idle))} does not go with --predict or --export")
-        if not given["weights"].is_file():
-            raise ProgramError(f"{given['weights']}: no file: name a best.weights.h5")
-        recorded = helper.read_run(given["weights"].parent)["config"]
-        before = [f"{flag(name)}={recorded[name]}" for name in SIZES]
-    elif "resume" in given:
-        fixed = given.keys() - {"resume", "epochs", "data_dir", "runs_dir"}
-        if fixed:
-            parser.error(f"{flag(min(fixed))} is that of the run: leave it out")
-        for name, value in helper.read_run(given["resume"])["config"].items():
-            if value is True:
-                before.append(flag(name))
-            elif value is not None and value is not False:
-                before.append(f"{flag(name)}={value}")
-    return Config(**vars(parser.parse_args(before + argv)))  # the last one counts
+        if kind is bool:
+            group.add_argument(flag(field.name), action="store_true", help=meaning)
+            continue
+        in_range = isinstance(allowed, Range)
+        group.add_argument(
+            flag(field.name),
+            type={list: Path}.get(kind, kind)
+            if not in_range
+            else functools.partial(allowed.read, kind),
+            nargs="+" if kind is list else None,
+            choices=None if in_range else allowed,
+            default=field.default,
+            metavar=metavars[kind],
+            help=meaning + ("" if field.default is None else " (%(default)s)"),
+        )
+    return parser
 
 
-def flag(name):
-    """Return the flag of a Config field."""
-    return "--" + name.replace("_", "-")
+def parse(argv):
+    """Return the Config of a command line; a bad one exits with one line and code 2.
+
+    What is not given is Config's default, or what the demo, the weights or the resumed
+    run say. Raises ProgramError for weights or a run that cannot say it.
+    """
+    parser = settings_parser()
+    fields = [field.name for field in dataclasses.fields(Config)]
+    unset = argparse.Namespace(**dict.fromkeys(fields))
+    parsed = vars(parser.parse_args(argv, unset))
+    given = {name for name, value in parsed.items() if value is not None}
+    if "demo" in given:
+        parser.set_defaults(**DEMO)
+    if given & {"predict", "export"} and "weights" not in given:
+        parser.error("--predict and --export need --weights")
+    if given & {"predict", "export"} and (idle := given - USING):
+        parser.error(f"{flag(min(idle))} does not go with --predict or --export")
+    if "resume" in given and (fixed := given - RESUMING):
+        parser.error(f"{flag(min(fixed))} is that of the run: leave it out")
+    if "weights" in given:
+        height, width = helper.read_weights_facts(parsed["weights"], CLASSES)
+        parser.set_defaults(image_height=height, image_width=width)
+    if "resume" in given:
+        parser.set_defaults(**recorded_settings(parsed["resume"]))
+    config = Config(**vars(parser.parse_args(argv)))
+    if config.vgg not in ("downloaded", "random"):
+        config = dataclasses.replace(config, vgg=str(Path(config.vgg).absolute()))
+    return config
+
+
+def recorded_settings(run_dir):
+    """Return the settings in a run's run.json; raise ProgramError for impossible ones.
+
+    They are read as if they had been typed, so that what they allow stands in Config
+    alone.
+    """
+    path = run_dir / "run.json"
+    recorded = helper.read_run(run_dir)["config"]
+    parser = settings_parser()
+
+    def refuse(message):
+        raise ProgramError(f"{path}: config: {message}: correct it, or start anew")
+
+    parser.error = refuse
+    typed = []
+    for name, value in recorded.items():
+        if value is None or value is False:
+            continue
+        if name in ("resume", "predict", "export", "help"):
+            refuse(f"{name} is no setting of a run")
+        typed.append(flag(name) if value is True else f"{flag(name)}={value}")
+    settings = vars(parser.parse_args(typed))
+    return {name: value for name, value in settings.items() if name in recorded}
 
 
 # ----------------------------------------------------------------------- network
 
 
 class FullyConnected(keras.layers.Conv2D):
-    """A "same" convolution of odd side as one matrix product.
+    """A "same" convolution of odd side, on a CPU as one matrix product.
 
-    On a CPU fc6 takes half the time so, as its 411 MB need not be reordered.
+    There fc6 takes half the time so, as its 411 MB need not be reordered; on a GPU the
+    slices would be some 150 launches in place of three.
     """
 
     def call(self, x):
+        if tf.config.list_physical_devices("GPU"):
+            return super().call(x)
         side, half = self.kernel_size[0], self.kernel_size[0] // 2
         height, width = tf.unstack(tf.shape(x)[1:3])
         x = tf.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
@@ -179,8 +238,14 @@ def load_vgg(vgg_path, keep_prob):
     vgg = keras.applications.VGG16(include_top=False, weights=None, input_tensor=x)
     x = vgg.output  # (B, H/32, W/32, 512)
     for name, side in ("fc1", 7), ("fc2", 1):  # Keras's names of fc6 and fc7
-        how = {"padding": "same", "activation": "relu", "kernel_initializer": "zeros"}
-        x = FullyConnected(4096, side, name=name, **how)(x)  # the zeros are replaced
+        x = FullyConnected(
+            4096,
+            kernel_size=side,
+            padding="same",
+            activation="relu",
+            kernel_initializer="zeros",  # they are replaced
+            name=name,
+        )(x)
         x = keras.layers.Dropout(1 - keep_prob, name=f"{name}_dropout")(x)
     encoder = keras.Model(image_input, x)
     weighted = [layer for layer in encoder.layers if layer.weights]
@@ -195,6 +260,7 @@ def load_vgg(vgg_path, keep_prob):
         advice = "name another with --vgg, or remove this one and leave --vgg out"
         with helper.blaming(vgg_path, "VGG-16 weights with the fc layers", advice):
             original = keras.applications.VGG16(weights=Path(vgg_path))
+            helper.check_finite(original)
         for layer in weighted:
             # A dense kernel holds the numbers of the convolution that covers its whole
             # input, in the same order: fc1 (25088, 4096) is (7, 7, 512, 4096).
@@ -206,6 +272,14 @@ def load_vgg(vgg_path, keep_prob):
     return image_input, *pools, encoder.output
 
 
+def bilinear(shape, dtype=None):
+    """Return a kernel (k, k, C, C) that upsamples each channel by k / 2, bilinearly."""
+    side, factor = shape[0], shape[0] // 2
+    ramp = 1 - np.abs(np.arange(side) - (side - 1) / 2) / factor
+    kernel = np.outer(ramp, ramp)[:, :, None, None] * np.eye(shape[2])
+    return tf.constant(kernel, dtype)
+
+
 def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
     """Return the FCN-8s logits (B, H, W, num_classes) of VGG's pool3, pool4 and fc7.
 
@@ -213,36 +287,26 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
     precision of the pools.
     """
     decay = {"kernel_regularizer": keras.regularizers.L2(l2), "dtype": "float32"}
-    layer3_out, layer4_out = (
-        keras.ops.cast(x, "float32") for x in (layer3_out, layer4_out)
-    )
-    normal = keras.initializers.RandomNormal(stddev=0.01)
+    normal = {"kernel_initializer": keras.initializers.RandomNormal(stddev=0.01)}
+    normal |= decay
 
     def score(x, name):
-        name = f"score_{name}"
-        return keras.layers.Conv2D(
-            num_classes, 1, kernel_initializer=normal, name=name, **decay
-        )(x)
-
-    def bilinear(shape, dtype=None):
-        """Kernel (k, k, C, C) that upsamples each channel by k / 2, bilinearly."""
-        side, factor = shape[0], shape[0] // 2
-        ramp = 1 - np.abs(np.arange(side) - (side - 1) / 2) / factor
-        kernel = np.outer(ramp, ramp)[:, :, None, None] * np.eye(shape[2])
-        return tf.constant(kernel, dtype)
+        return keras.layers.Conv2D(num_classes, 1, name=f"score_{name}", **normal)(x)
 
     def upscore(x, factor, name):
         return keras.layers.Conv2DTranspose(
-            num_classes,
-            2 * factor,
-            factor,
-            "same",
+            x.shape[-1],
+            kernel_size=2 * factor,
+            strides=factor,
+            padding="same",
             use_bias=False,
             kernel_initializer=bilinear,
             name=f"upscore_{name}",
             **decay,
         )(x)
 
+    layer3_out = keras.ops.cast(layer3_out, "float32")
+    layer4_out = keras.ops.cast(layer4_out, "float32")
     # Activations shrink from pool3 to fc7. The authors' net that trains all skips at
     # once scales the early ones down, so that fc7 leads and they refine.
     x = score(layer7_out, "fc7")  # (B, H/32, W/32, C)
@@ -251,12 +315,11 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
     return upscore(x, 8, "pool3")  # (B, H, W, C)
 
 
-def load_weights(model, path):
-    """Load a best.weights.h5; raise ProgramError if it is not one of this network."""
-    with helper.blaming(path, "weights of this FCN-8s", "name a best.weights.h5"):
-        model.load_weights(path)
-        if not all(np.isfinite(w).all() for w in model.trainable_variables):
-            raise ValueError("not finite")
+def fcn8s(vgg_path, keep_prob, l2=0.001):
+    """Return the whole network: images (B, H, W, 3) uint8 to logits (B, H, W, 2)."""
+    image_input, layer3_out, layer4_out, layer7_out = load_vgg(vgg_path, keep_prob)
+    logits = layers(layer3_out, layer4_out, layer7_out, len(CLASSES), l2)
+    return keras.Model(image_input, logits)
 
 
 # ---------------------------------------------------------------------- training
@@ -274,15 +337,22 @@ def cross_entropy(logits, labels):
 class Adam(keras.optimizers.Adam):
     """Adam with a factor on the rate for each variable, in their order at build."""
 
-    factors = ()
+    def __init__(self, learning_rate, factors):
+        super().__init__(learning_rate)
+        self.factors = factors
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         # The fused kernel, in place of ten copies of fc6's 411 MB; and each replica
         # updates its own copy, as the gradients are summed already.
         step = tf.cast(self.iterations + 1, tf.float32)
-        moments = self._momentums, self._velocities
-        parts = zip(grads, trainable_variables, *moments, self.factors, strict=True)
-        for gradient, variable, m, v, factor in parts:
+        for gradient, variable, m, v, factor in zip(
+            grads,
+            trainable_variables,
+            self._momentums,
+            self._velocities,
+            self.factors,
+            strict=True,
+        ):
             tf.raw_ops.ResourceApplyAdam(
                 var=variable.value.handle,
                 m=m.value.handle,
@@ -297,98 +367,109 @@ class Adam(keras.optimizers.Adam):
             )
 
 
-def optimize(
-    model,
-    vgg_variables,
-    learning_rate,
-    vgg_learning_rate,
-    epochs,
-    steps,
-    seed,
-    strategy,
-    loss_scaling=False,
-    xla=False,
-):
-    """Return train_step and the run's state, as a tf.train.Checkpoint.
+def warm_up_and_cosine(learning_rate, epochs, steps):
+    """Return the rate's schedule over `epochs` of `steps`.
 
-    train_step(images, labels, weights) minimises the cross entropy over the batch's
-    valid pixels plus the L2 term and returns both and the gradient's norm, (3,)
-    float32. `vgg_variables` learn at `vgg_learning_rate`, the decoder at
-    `learning_rate`. Rates rise in a line over the first of `epochs` of `steps`, then
-    fall in a half cosine to 0; the gradient is clipped to norm 1. The replicas of
-    `strategy` share a batch. `loss_scaling` is for float16: a step whose gradient
-    overflows is left out, with norm 0. With `xla` the step is compiled; where that
-    fails, train_step.xla becomes False.
-    The state has also what train_nn counts, `epoch`, those that are over, and `totals`
-    of the one that is not (loss, L2, gradient norm, seconds), and the `best` weights.
+    It rises in a line over the first epoch, then falls in a half cosine to 0.
     """
-    schedule = keras.optimizers.schedules.CosineDecay(
+    return keras.optimizers.schedules.CosineDecay(
         learning_rate / steps,
         decay_steps=max((epochs - 1) * steps, 1),
         warmup_target=learning_rate,
         warmup_steps=steps,
     )
-    slow = {variable.path for variable in vgg_variables}
-    variables = model.trainable_variables
-    factor = vgg_learning_rate / learning_rate
-    with strategy.scope():
-        optimizer = Adam(schedule)
-        optimizer.factors = [factor if v.path in slow else 1.0 for v in variables]
-        if loss_scaling:
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        optimizer.build(variables)
-        step = tf.Variable(0, dtype=tf.int64)
-    dropouts = [y for y in model.layers if hasattr(y, "seed_generator")]
-    replicas = strategy.num_replicas_in_sync
 
-    def replica_step(images, labels, weights):
+
+class TrainStep:
+    """One step of training: train_step(images, labels, weights).
+
+    Minimises the cross entropy over the batch's valid pixels plus the L2 term, and
+    returns both and the gradient's norm before clipping to 1, (3,) float32. The
+    replicas of the device share a batch. In float16 the loss is scaled; a step whose
+    gradient overflows is left out, with norm 0. Where XLA fails it goes on without.
+    """
+
+    def __init__(self, model, optimizer, seed, device):
+        self.model, self.optimizer = model, optimizer
+        self.seed, self.device = seed, device
+        self.dropouts = [y for y in model.layers if hasattr(y, "seed_generator")]
+        with device.strategy.scope():
+            self.step = tf.Variable(0, dtype=tf.int64)
+        self.plain = tf.function(self.on_all_replicas)
+        self.compiled = tf.function(self.on_all_replicas, jit_compile=True)
+
+    def __call__(self, *batch):
+        if not self.device.xla:
+            return self.plain(*batch)
+        try:
+            return self.compiled(*batch)
+        except tf.errors.ResourceExhaustedError:
+            raise
+        except tf.errors.OpError as error:
+            print(f"XLA failed ({helper.first_line(error)}): going on without it")
+            self.device.xla = False
+            return self.plain(*batch)
+
+    def on_all_replicas(self, *batch):
+        strategy = self.device.strategy
+        results = strategy.run(self.on_one_replica, args=batch)
+        self.step.assign_add(1)
+        return strategy.experimental_local_results(results)[0]
+
+    def on_one_replica(self, images, labels, weights):
         replica = tf.distribute.get_replica_context()
-        for index, layer in enumerate(dropouts):  # masks are a function of the step
-            mask = (step * len(dropouts) + index) * replicas
+        for index, layer in enumerate(self.dropouts):  # masks: a function of the step
+            mask = (self.step * len(self.dropouts) + index) * self.device.replicas
             mask += tf.cast(replica.replica_id_in_sync_group, tf.int64)
-            layer.seed_generator.state.assign([seed, mask])
+            layer.seed_generator.state.assign([self.seed, mask])
+        variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
-            logits = model(images, training=True)
+            logits = self.model(images, training=True)
             loss = tf.reduce_sum(weights * cross_entropy(logits, labels))
-            l2 = tf.add_n(model.losses) / replicas
-            total = optimizer.scale_loss(loss + l2)
+            l2 = tf.add_n(self.model.losses) / self.device.replicas
+            total = self.optimizer.scale_loss(loss + l2)
         sums = [loss, l2, *tape.gradient(total, variables)]
         loss, l2, *gradients = replica.all_reduce("SUM", sums)
         # Keras would clip before the sum, each replica for itself
-        scale = optimizer.scale_loss(1.0)
+        scale = self.optimizer.scale_loss(1.0)
         gradients, norm = tf.clip_by_global_norm(gradients, scale)
-        optimizer.apply(gradients, variables)
+        self.optimizer.apply(gradients, variables)
         norm /= scale
-        if loss_scaling:
+        if self.device.precision == "float16":
             norm = tf.where(tf.math.is_finite(norm), norm, 0)
         return tf.stack([loss, l2, norm])
 
-    def whole_step(*batch):
-        results = strategy.run(replica_step, args=batch)
-        step.assign_add(1)
-        return strategy.experimental_local_results(results)[0]
 
-    functions = [tf.function(whole_step, jit_compile=jit) for jit in (None, True)]
+def optimize(model, learning_rate, vgg_factor=1.0, seed=0, device=None):
+    """Return train_step and the run's state, as a tf.train.Checkpoint.
 
-    def train_step(*batch):
-        try:
-            return functions[train_step.xla](*batch)
-        except tf.errors.OpError as error:
-            memory = isinstance(error, tf.errors.ResourceExhaustedError)
-            if not train_step.xla or memory:
-                raise
-            print(f"XLA failed ({helper.first_line(error)}): going on without it")
-            train_step.xla = False
-            return train_step(*batch)
-
-    train_step.xla = xla
+    Adam learns the decoder at `learning_rate`, a number or a schedule of Keras, and
+    VGG-16 at `vgg_factor` times that; see TrainStep. Dropout's masks are a function of
+    `seed` and the step. The state has also what train_nn counts, `epoch`, those that
+    are over, and `totals` of the one that is not (loss, L2, gradient norm, seconds),
+    and the `best` weights.
+    """
+    device = device or helper.Device()
+    variables = model.trainable_variables
+    decoder = [layer for layer in model.layers if "score_" in layer.name]
+    decoder = {variable.path for layer in decoder for variable in layer.variables}
+    factors = [1.0 if v.path in decoder else vgg_factor for v in variables]
+    with device.strategy.scope():
+        optimizer = Adam(learning_rate, factors)
+        if device.precision == "float16":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer.build(variables)
+    train_step = TrainStep(model, optimizer, seed, device)
     with tf.device("CPU"):  # a second set of weights would crowd a GPU
-        progress = {
-            "epoch": tf.Variable(0, dtype=tf.int64),
-            "totals": tf.Variable(tf.zeros(4, tf.float64)),
-            "best": [tf.Variable(tf.convert_to_tensor(v)) for v in variables],
-        }
-    state = tf.train.Checkpoint(model=model, optimizer=optimizer, step=step, **progress)
+        best = [tf.Variable(tf.convert_to_tensor(v)) for v in variables]
+        state = tf.train.Checkpoint(
+            model=model,
+            optimizer=optimizer,
+            step=train_step.step,
+            epoch=tf.Variable(0, dtype=tf.int64),
+            totals=tf.Variable(tf.zeros(4, tf.float64)),
+            best=best,
+        )
     return train_step, state
 
 
@@ -396,78 +477,106 @@ def optimize(
 def holdout_step(model, strategy, images, labels):
     """Return a batch's summed cross entropy and its confidence histogram, float64."""
 
-    def replica_step(images, labels):
+    def on_one_replica(images, labels):
         logits = model(images, training=False)
         confidence = helper.to_confidence(tf.nn.softmax(logits)[..., 1])
         histogram = helper.confidence_histogram(confidence, labels)
         sums = tf.reduce_sum(cross_entropy(logits, labels)), histogram
-        return [tf.cast(part, tf.float64) for part in sums]
+        return [tf.cast(value, tf.float64) for value in sums]
 
-    parts = strategy.run(replica_step, args=(images, labels))
-    return [strategy.reduce("SUM", part, axis=None) for part in parts]
+    values = strategy.run(on_one_replica, args=(images, labels))
+    return [strategy.reduce("SUM", value, axis=None) for value in values]
 
 
-def evaluate(model, batches, strategy):
-    """Return the hold-out's loss and scores at network size, {} without images."""
-    results = [holdout_step(model, strategy, *batch[:2]) for batch in batches]
+def evaluate(model, batches, device=None):
+    """Return the hold-out's loss and scores at network size, {} without images.
+
+    `batches` are images, labels and weights; `model` has two classes.
+    """
+    helper.need_two_classes(model, "scores")
+    strategy = (device or helper.Device()).strategy
+    results = [
+        holdout_step(model, strategy, images, labels) for images, labels, _ in batches
+    ]
     if not results:
         return {}
-    loss, histogram = (np.sum(part, axis=0) for part in zip(*results))
+    loss, histogram = (np.sum(values, axis=0) for values in zip(*results))
     if not np.isfinite(loss):
         raise ProgramError(f"the hold-out loss is {loss}: lower --learning-rate")
     measures = helper.scores(histogram)
-    names = {"MaxF": "MaxF", "IoU": "IoU50", "accuracy": "accuracy"}
-    shown = {name: measures[measure] for name, measure in names.items()}
-    return {"holdout_loss": loss / max(histogram.sum(), 1), **shown}
+    return {
+        "holdout_loss": loss / max(histogram.sum(), 1),
+        "MaxF": measures["MaxF"],
+        "IoU": measures["IoU50"],
+        "accuracy": measures["accuracy"],
+    }
+
+
+def fetch(pending, step, batches):
+    """Return the results (N, 3) of the `pending` steps, the last before `step`.
+
+    The host waits for the device here. Raises ProgramError at a result that is not
+    finite, with the step and its files.
+    """
+    values = tf.stack(pending).numpy().astype(float)
+    for row, value in enumerate(values, step - len(pending)):
+        if not np.isfinite(value).all():
+            raise ProgramError(
+                f"step {row + 1} gave {value.tolist()} (loss, L2, gradient norm) on "
+                f"{', '.join(batches.files(row))}: look at these, or lower "
+                "--learning-rate"
+            )
+    return values
 
 
 def train_nn(
-    epochs, batch_size, get_batches_fn, names, train_step, steps, state, end_epoch, stop
+    epochs,
+    batch_size,
+    get_batches_fn,
+    train_step,
+    state,
+    end_epoch=print,
+    stop=None,
 ):
-    """Train from `state` on to `epochs` epochs of `steps` steps.
+    """Train from `state` on until `epochs` epochs are over.
 
-    get_batches_fn and names are those of gen_batch_function, train_step and state those
-    of optimize; end_epoch gets a record of each epoch's means and speed. Returns after
-    the step in which `stop` becomes true. Raises ProgramError at a loss that is not
-    finite, with the step it first happened in and its files; end_epoch never sees that
-    epoch.
+    get_batches_fn is that of gen_batch_function, train_step and state are those of
+    optimize. end_epoch gets a record of each epoch's means and speed. Returns after
+    the step in which the threading.Event `stop` is set. Raises ProgramError at a loss
+    that is not finite; end_epoch never sees that epoch.
     """
+    stop = stop or threading.Event()
+    batches = get_batches_fn(batch_size)
+    steps = len(batches)  # an epoch
     first = step = int(state.step.numpy())
-    batches = iter(get_batches_fn(batch_size, range(first, epochs * steps)))
+    upcoming = iter(batches.from_step(step))
     for epoch in range(int(state.epoch) + 1, epochs + 1):
         last = epoch * steps
         pending, totals = [], state.totals.numpy()
         fetched = time.perf_counter()
-        bar = tqdm(None, f"epoch {epoch}", steps, False, disable=None)
-        with bar:
+        with tqdm(None, f"epoch {epoch}", steps, leave=False, disable=None) as bar:
             bar.update(step - last + steps)
             while step < last:
-                before = time.perf_counter()
-                pending.append(train_step(*next(batches)))
-                now = time.perf_counter()
+                pending.append(train_step(*next(upcoming)))
                 step += 1
-                if step == first + 2 and not tf.config.list_physical_devices("GPU"):
-                    minutes = (now - before) * steps / 60
-                    bar.write(f"no GPU: an epoch takes about {minutes:.1f} minutes")
-                if now - fetched < 1 and step < last and not stop:
-                    continue
-                # the host waits for the device here, hence once a second, not each step
-                values = tf.stack(pending).numpy().astype(float)
-                for bad, value in enumerate(values, step - len(pending)):
-                    if not np.isfinite(value).all():
-                        files = ", ".join(names(batch_size, bad))
-                        raise ProgramError(
-                            f"step {bad + 1} gave {value.tolist()} (loss, L2, gradient "
-                            f"norm) on {files}: look at these, or lower --learning-rate"
-                        )
-                    totals[:3] += value
                 now = time.perf_counter()
+                stopping = stop.is_set()
+                early = step <= first + 2  # their time is told
+                if not (now - fetched > 1 or early or step == last or stopping):
+                    continue  # the device is not waited for at every step
+                values = fetch(pending, step, batches)
+                for value in values:  # one by one: the sum's bits do not depend on
+                    totals[:3] += value  # when they are fetched
+                now = time.perf_counter()
+                if step == first + 2:
+                    left = epochs * steps - step
+                    bar.write(helper.forecast(now - fetched, steps, left))
                 totals[3] += now - fetched
                 state.totals.assign(totals)
                 pending, fetched = [], now
                 bar.update(len(values))
-                bar.set_postfix(loss=f"{value[0]:.4f}")
-                if stop:
+                bar.set_postfix(loss=f"{values[-1][0]:.4f}")
+                if stopping:
                     return
         loss, l2, norm = totals[:3] / steps
         record = {"epoch": epoch, "step": step, "loss": loss, "l2": l2}
@@ -476,160 +585,21 @@ def train_nn(
         state.epoch.assign(epoch)
         state.totals.assign(tf.zeros_like(totals))
         end_epoch(record)
-        if stop:
+        if stop.is_set():
             return
 
 
 # ----------------------------------------------------------------------- program
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came; its number is the argument."""
-
-
-SIGNALS = signal.SIGINT, signal.SIGTERM
-
-
-def interrupt(signum, frame):
-    """End the program where it is."""
-    raise Stopped(signum)
-
-
-@contextlib.contextmanager
-def handling_signals(handler):
-    """Have `handler` handle the signals."""
-    before = [signal.signal(each, handler) for each in SIGNALS]
-    try:
-        yield
-    finally:
-        for each, old in zip(SIGNALS, before):
-            signal.signal(each, old)
-
-
-@contextlib.contextmanager
-def noting_signals():
-    """Yield the list of signals that came; a second one ends the program at once."""
-    noted = []
-
-    def note(signum, frame):
-        noted.append(signum)
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        with contextlib.suppress(OSError):
-            os.write(1, b"stopping after this step, several workers after this epoch; ")
-            os.write(1, b"a second signal stops at once\n")
-
-    with handling_signals(note):
-        yield noted
-
-
-def prepare_device(precision):
-    """Set the precision; return it and the device's name, as run.json has them.
-
-    "auto" is bfloat16 on GPUs that compute with it, float32 elsewhere. Speaks of a GPU
-    that TensorFlow cannot use.
-    """
-    gpus = tf.config.list_physical_devices("GPU")
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
-    if not gpus:  # one convolution after the other, each on all cores
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-    if not gpus and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
-        print("TensorFlow cannot use the NVIDIA GPU, so the CPU works. To mend it: pip")
-        print(
-            "install -r requirements.txt in a new environment; nvidia-smi lists the GPU"
-        )
-    if precision == "auto":
-        precision = "bfloat16" if compute_capability() >= (8, 0) else "float32"
-    mixed = "" if precision == "float32" else "mixed_"
-    keras.config.set_dtype_policy(mixed + precision)
-    name = f"CPU ({os.cpu_count()} cores)"
-    if gpus:
-        details = tf.config.experimental.get_device_details(gpus[0])
-        name = details.get("device_name", gpus[0].name)
-    return {"name": name, "precision": precision}
-
-
-def compute_capability():
-    """Return the lowest compute capability of the GPUs, (0, 0) without one."""
-    gpus = tf.config.list_physical_devices("GPU")
-    details = map(tf.config.experimental.get_device_details, gpus)
-    found = [each.get("compute_capability", (0, 0)) for each in details]
-    return min(found, default=(0, 0))
-
-
-def choose_strategy():
-    """Return the strategy for this machine's GPUs and TF_CONFIG's, and its workers."""
-    if "TF_CONFIG" in os.environ:
-        advice = "correct it, or unset it to train on this machine alone"
-        with helper.blaming("TF_CONFIG", "a cluster", advice):
-            resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-            jobs = resolver.cluster_spec().as_dict()
-            workers = len(jobs.get("chief", [])) + len(jobs.get("worker", []))
-            if workers > 1:
-                print(f"waiting until all {workers} workers are there", flush=True)
-                with handling_signals(signal.SIG_DFL):  # it waits where no Python runs
-                    return tf.distribute.MultiWorkerMirroredStrategy(), workers
-    if len(tf.config.list_physical_devices("GPU")) > 1:
-        return tf.distribute.MirroredStrategy(), 1
-    return tf.distribute.get_strategy(), 1
-
-
-def mean(strategy, value):
-    """Return the mean of a number over all workers, which wait for each other here."""
-    own = tf.constant(value, tf.float64)
-    return float(strategy.reduce("MEAN", strategy.run(lambda: own), axis=None))
-
-
-def agree(strategy, facts):
-    """Raise ProgramError unless `facts` are the same on all workers."""
-    own = zlib.crc32(repr(facts).encode())
-    if mean(strategy, own) != own:
-        raise ProgramError(
-            f"another worker has other settings or data than this one, {facts}: give "
-            "all of them the same command, data, weights and, with --resume, run folder"
-        )
-
-
-def largest_batch(model, image_shape, replicas):
-    """Return the batch size that should fit into the memory that is free now.
-
-    Beside weights and moments a step holds the gradient twice, for the clipping, and
-    for each image 1.5 times what the layers put out, as measured on a CPU.
-    """
-    room = helper.free_memory()
-    if tf.config.list_logical_devices("GPU"):  # what was had before it ran out
-        memory = tf.config.experimental.get_memory_info("GPU:0")
-        room = memory["peak"] - memory["current"]
-    image = keras.KerasTensor((1, *image_shape, 3), "uint8")
-    outputs = keras.Model(model.input, [layer.output for layer in model.layers])
-    sizes = [np.prod(x.shape) * tf.as_dtype(x.dtype).size for x in outputs(image)]
-    return max(int((room - 8 * model.count_params()) / sum(sizes) / 1.5), 0) * replicas
-
-
-def run(config):
-    """Train as `config` says, score, and return the run's folder."""
-    if config.resume and helper.is_finished(config.resume):
-        return config.resume
-    device = prepare_device(config.precision)  # first of all: before any use of it
-    strategy, workers = choose_strategy()
-    replicas, chief = strategy.num_replicas_in_sync, strategy.extended.should_checkpoint
-    device |= {"replicas": replicas, "workers": workers}
-    device["xla"] = config.xla and replicas == 1 and compute_capability() < (10, 0)
-    if config.xla and not device["xla"]:
-        print("XLA is off: it works on one replica, and not on Blackwell GPUs")
-    print(", ".join(f"{name} {value}" for name, value in device.items()))
-    if config.deterministic:
-        print("deterministic: the same bits on every run, at a lower speed on a GPU")
-        tf.config.experimental.enable_op_determinism()
-    keras.utils.set_random_seed(config.seed)
+def prepare(config):
+    """Return the Split of the data and VGG-16's path; download or draw what lacks."""
+    vgg_path = config.vgg
+    if config.weights or helper.find_checkpoints(config.resume):
+        vgg_path = "random"  # until replaced
+    elif vgg_path not in ("downloaded", "random") and not Path(vgg_path).is_file():
+        raise ProgramError(f"{vgg_path}: not a file: correct --vgg")
     data_dir = config.data_dir
-    restored = config.resume and helper.find_checkpoints(config.resume)
-    weights = None if restored else config.weights
-    vgg_path = "random" if restored or weights else config.vgg  # until replaced
-    named = weights or vgg_path
-    if named not in ("downloaded", "random") and not Path(named).is_file():
-        raise ProgramError(f"{named}: not a file: correct --weights or --vgg")
     if config.demo:
         print("a demonstration on drawn roads; the real run is: python main.py")
         data_dir = data_dir / "demo"
@@ -637,168 +607,91 @@ def run(config):
     else:
         helper.maybe_download_kitti_road(data_dir)
     if vgg_path == "downloaded":
-        vgg_path = helper.maybe_download_pretrained_vgg(config.data_dir)
-    split = helper.find_images(
-        data_dir, config.holdout_fraction, config.batch_size, config.submission
-    )
-    training, holdout, test_paths = split
-    epochs, batch_size, seed = config.epochs, config.batch_size, config.seed
+        vgg_path = helper.maybe_download_pretrained_vgg(data_dir)
+    split = helper.find_images(data_dir, config.holdout_fraction, config.submission)
+    helper.check_batch_size(config.batch_size, split.training)
+    return split, vgg_path
+
+
+def train(config, folder, train_step, model):
+    """Train `model` on the images of the run in `folder`; every epoch is kept there."""
     image_shape = config.image_height, config.image_width
-    rates = config.learning_rate, config.vgg_learning_rate
-    steps = len(training) // batch_size  # an epoch
-    facts = {
-        "config": {  # good in any folder
-            name: value.absolute() if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(config).items()
-            if name != "resume"
-        }
-        | {"precision": device["precision"]},  # of a resumed run too
-        "classes": CLASSES,
-        "device": device,
-        "data": dict(zip(("training", "holdout", "test"), map(len, split))),
-    }
-    if workers > 1:
-        own = {"vgg": vgg_path == "random", "checkpoint_minutes": None}
-        same = facts["config"] | {**device, "name": None} | facts["data"] | own
-        agree(strategy, {k: v for k, v in same.items() if not isinstance(v, Path)})
-    folder = helper.run_folder(config.runs_dir, config.resume, facts, chief)
-    with folder as (run_dir, record):
-        with strategy.scope():
-            image_input, *pools = load_vgg(vgg_path, config.keep_prob)
-            model = keras.Model(image_input, layers(*pools, len(CLASSES), config.l2))
-        if weights:
-            load_weights(model, weights)
-        vgg_variables = keras.Model(image_input, pools).trainable_variables
-        how = strategy, device["precision"] == "float16", device["xla"]
+    split, device = folder.split, folder.device
+    get_batches_fn = helper.gen_batch_function(
+        split.training, image_shape, config.seed, device
+    )
+    get_holdout_fn = helper.gen_batch_function(
+        split.holdout, image_shape, device=device
+    )
+    holdout = get_holdout_fn(config.batch_size).in_order()
+    score = functools.partial(evaluate, model, holdout, device)
+    with folder.training() as stop:
+        train_nn(
+            config.epochs,
+            config.batch_size,
+            get_batches_fn,
+            train_step,
+            folder.state,
+            end_epoch=functools.partial(folder.end_epoch, score),
+            stop=stop,
+        )
+
+
+def run(config):
+    """Train as `config` says, score the hold-out, segment the test images."""
+    if config.resume and helper.is_finished(config.resume):
+        return
+    device = helper.prepare_device(config.precision, config.xla, config.deterministic)
+    keras.utils.set_random_seed(config.seed)
+    split, vgg_path = prepare(config)
+    steps = len(split.training) // config.batch_size  # an epoch
+    with helper.open_run(config, CLASSES, split, device) as folder:
+        with device.strategy.scope(), helper.loading(vgg_path):
+            model = fcn8s(vgg_path, config.keep_prob, config.l2)
+        if config.weights and not folder.resumes:
+            helper.load_weights(model, config.weights)
         train_step, state = optimize(
-            model, vgg_variables, *rates, epochs, steps, seed, *how
+            model,
+            warm_up_and_cosine(config.learning_rate, config.epochs, steps),
+            vgg_factor=config.vgg_learning_rate / config.learning_rate,
+            seed=config.seed,
+            device=device,
         )
-        checkpoints = helper.Checkpoints(run_dir, record, state, chief)
-        kept = 3 - len(restored or ()) if epochs else 0  # two, and a new one
-        size = (8 + 16 * kept) * model.count_params() + 10**6 * len(test_paths)
-        if chief:
-            helper.need_space(run_dir, size, "a run")
-        if epochs or config.resume:
-            batches = helper.gen_batch_function(training, image_shape, strategy, seed)
-            get_holdout_fn, _ = helper.gen_batch_function(
-                holdout, image_shape, strategy
+        image_shape = config.image_height, config.image_width
+        predictor = helper.Predictor(model, image_shape, config.batch_size)
+        folder.begin(state, predictor, total_steps=config.epochs * steps)
+        if not folder.trained:
+            train(config, folder, train_step, model)
+        if device.chief:
+            folder.use_best()
+            folder.score()
+            helper.save_inference_samples(
+                folder.path, predictor, split.test, config.submission
             )
-            if config.resume:
-                checkpoints.restore(epochs * steps)
-            if workers > 1:
-                total = sum(zlib.crc32(w.numpy()) for w in model.trainable_variables)
-                agree(strategy, {"weights": total, "step": int(state.step.numpy())})
-            shown = next((image for image, *_ in [*holdout, *zip(test_paths)]), None)
-
-            def end_epoch(epoch):
-                epoch |= evaluate(model, get_holdout_fn(batch_size), strategy)
-                device["xla"] = train_step.xla
-                epoch["learning_rate"] = float(state.optimizer.learning_rate)
-                print(*(f"{name} {value:.5g}" for name, value in epoch.items()))
-                if chief:
-                    at = epoch["epoch"], epochs
-                    helper.keep_frame(run_dir, model, shown, image_shape, *at)
-                    helper.write_epoch(run_dir, record, epoch, state)
-                    checkpoints.save(60 * config.checkpoint_minutes)
-                if workers > 1 and mean(strategy, len(noted)):  # all stop, or none
-                    stop.append(noted[0] if noted else signal.SIGTERM)
-
-            with noting_signals() as noted:
-                stop = noted if workers == 1 else []
-                parts = *batches, train_step, steps, state, end_epoch, stop
-                try:
-                    train_nn(epochs, batch_size, *parts)
-                except (MemoryError, tf.errors.ResourceExhaustedError) as error:
-                    fits = largest_batch(model, image_shape, replicas)
-                    fits = min(fits, batch_size - 1)
-                    found = f"{fits} should fit; set that, or" if fits else "too many:"
-                    raise ProgramError(
-                        f"out of memory with --batch-size {batch_size}: {found} lower "
-                        "--image-height and --image-width"
-                    ) from error
-                checkpoints.save()
-            if stop:
-                raise Stopped(stop[0])
-        if not chief:
-            return None
-        helper.copy_weights(model.trainable_variables, state.best)
-        if not record["history"]:
-            helper.write_weights(run_dir, state)
-        if holdout:
-            record["scores"], record["holdout"] = helper.score_holdout(
-                run_dir, model, holdout, image_shape, batch_size
-            )
-            helper.print_scores(record["scores"])
-            helper.write_run(run_dir, record)
-        helper.save_inference_samples(
-            run_dir, model, test_paths, image_shape, batch_size, config.submission
-        )
-    print(f"{len(test_paths)} segmented test images and the weights are in {run_dir}")
-    return run_dir
 
 
 def use(config):
     """Segment images with trained weights, or export them."""
-    if config.predict and not config.predict.exists():
-        raise ProgramError(f"--predict {config.predict}: no such file or folder")
-    prepare_device(config.precision)
-    record = helper.read_run(config.weights.parent)
-    if record.get("classes") != CLASSES:
-        raise ProgramError(
-            f"{config.weights.parent}/run.json: classes {record.get('classes')}, not "
-            f"{CLASSES}: these weights are of another program"
-        )
-    image_input, *pools = load_vgg("random", 1)
-    model = keras.Model(image_input, layers(*pools, len(CLASSES)))
-    load_weights(model, config.weights)
+    helper.prepare_device(config.precision)
+    model = fcn8s("random", keep_prob=1)
+    helper.load_weights(model, config.weights)
     image_shape = config.image_height, config.image_width
+    predictor = helper.Predictor(model, image_shape, config.batch_size)
     if config.export:
-        helper.export(model, config.export, image_shape)
-        print(
-            f"{config.export} is a SavedModel: tf.saved_model.load(...).serve(images)"
-        )
+        helper.export(predictor, config.export)
     if config.predict:
-        run_dir = helper.new_folder(config.runs_dir)
-        try:
-            helper.predict(
-                run_dir, model, config.predict, image_shape, config.batch_size
-            )
-        finally:
-            with contextlib.suppress(OSError):
-                run_dir.rmdir()  # where nothing came into it
+        helper.predict(config.predict, predictor, config.runs_dir, config.name)
 
 
 def main(argv=None):
     """Run the program on a command line; return its exit code."""
-    code = 1
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         use(config) if config.predict or config.export else run(config)
         return 0
-    except ProgramError as error:
-        message = error
-    except (MemoryError, tf.errors.ResourceExhaustedError):
-        message = "out of memory: lower --batch-size, --image-height or --image-width"
-    except OSError as error:
-        place = error.filename or f"{config.data_dir} or {config.runs_dir}"
-        reason = " ".join(str(error.strerror or error).split())  # h5py's has two lines
-        message = f"{place}: {reason}: make room, or set --data-dir and --runs-dir"
-    except (tf.errors.UnavailableError, tf.errors.AbortedError):
-        message = "another worker has ended: start all of them again, with --resume"
-    except KeyboardInterrupt as stopped:
-        signum = signal.Signals(*stopped.args or [signal.SIGINT])
-        message, code = f"stopped by {signum.name}", 128 + signum
-    print(message, file=sys.stderr)
-    return code
-
-
-def program():
-    """Be the program: handle signals, and exit with its code."""
-    for each in SIGNALS:  # scripts may start it with SIGINT ignored
-        signal.signal(each, interrupt)
-    sys.stdout.reconfigure(line_buffering=True)  # also where it goes to a file
-    sys.exit(main())
+    except helper.EXPECTED as error:
+        return helper.explain(error)
 
 
 if __name__ == "__main__":
-    program()
+    helper.be_a_program(main)
