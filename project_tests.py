@@ -1084,6 +1084,37 @@ class Data(Case):
         self.assertLess(np.ptp(widths), 0.15)
 
 
+class Labels(Case):
+    def test_another_colour_is_refused_with_what_the_colours_mean(self):
+        path = self.folder / "um_road_000000.png"
+        known = (255, 0, 255), (255, 0, 0), (0, 0, 0), (0, 0, 255)
+        others = (255, 255, 255), (0, 0, 1), (254, 0, 0), (255, 1, 255), (0, 255, 0)
+        for colour in known + others:
+            label = Image.new("RGB", (8, 8), (255, 0, 0))
+            label.putpixel((3, 5), colour)
+            label.save(path)
+            if colour in known:
+                self.assertEqual(helper.read_label(path).shape, (8, 8))
+                continue
+            said = rf"um_road_000000.png: colour {re.escape(str(colour))} .* is road"
+            with self.assertRaisesRegex(ProgramError, said):
+                helper.read_label(path)
+
+    def test_a_set_without_background_or_road_is_refused(self):
+        only = {"road": (255, 0, 0), "background": (255, 0, 255)}
+        for missing, colour in only.items():
+            folder = self.folder / missing
+            for number in range(2):
+                path = write_sample(folder, f"um_{number:06}", label=colour)
+                Image.new("RGB", (40, 24), colour).save(path)  # all of it
+            samples = helper.find_images(folder, 0).training
+            with self.assertRaisesRegex(ProgramError, f"no {missing} in the labels"):
+                helper.gen_batch_function(samples, (32, 64))
+            predictor = predictor_of(small_model()[0], (32, 64))
+            with self.assertRaisesRegex(ProgramError, f"no {missing} in the labels"):
+                helper.score_holdout(self.folder, predictor, samples)
+
+
 # ----------------------------------------------------------------------- network
 
 
@@ -1811,6 +1842,21 @@ class Program(Case):
         model.load_weights(run_dir / "best.weights.h5")
         return model
 
+    def outcome(self, run_dir):
+        """Return all that must be equal: weights, history, scores, pictures."""
+        model = self.trained(run_dir)
+        record = json.loads((run_dir / "run.json").read_text())
+        self.assertTrue(record["finished"])
+        self.assertFalse((run_dir / "checkpoint").exists())
+        for epoch in record["history"]:
+            self.assertGreater(epoch.pop("seconds"), 0)
+            self.assertGreater(epoch.pop("images_per_second"), 0)
+        return {
+            "weights": [w.numpy().tobytes() for w in model.trainable_variables],
+            **{name: record[name] for name in ("history", "best_epoch", "scores")},
+            **{path.name: path.read_bytes() for path in run_dir.rglob("*.png")},
+        }
+
     def assert_line(self, result, said, code=1):
         """Check that a run ended with one line that says so."""
         found, _, errors = result
@@ -2279,21 +2325,6 @@ class Resume(Program):
         )
         return done.returncode, done.stdout, done.stderr
 
-    def outcome(self, run_dir):
-        """Return all that must be equal: weights, history, scores, pictures."""
-        model = self.trained(run_dir)
-        record = json.loads((run_dir / "run.json").read_text())
-        self.assertTrue(record["finished"])
-        self.assertFalse((run_dir / "checkpoint").exists())
-        for epoch in record["history"]:
-            self.assertGreater(epoch.pop("seconds"), 0)
-            self.assertGreater(epoch.pop("images_per_second"), 0)
-        return {
-            "weights": [w.numpy().tobytes() for w in model.trainable_variables],
-            **{name: record[name] for name in ("history", "best_epoch", "scores")},
-            **{path.name: path.read_bytes() for path in run_dir.rglob("*.png")},
-        }
-
     def test_stopped_anywhere_and_resumed_it_ends_with_the_same_bits(self):
         expected = self.outcome(self.reuse())
         moments = [
@@ -2515,6 +2546,188 @@ class Resume(Program):
             )
         self.assertEqual(self.resume()[0], 0)
         self.assertEqual(self.record()["resumed"], [3])
+
+
+class Killed(BaseException):
+    """The process is killed, as far as the disk can tell."""
+
+
+class FileOperations:
+    """The file operations below a folder; from one on, none is done any more.
+
+    Python reports each of them, before it is done, to an audit hook, which stays for
+    good. What clears up after an exception fails too, as after a kill.
+    """
+
+    events = "open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"
+
+    def __init__(self, folder):
+        self.folder, self.left, self.killed_at = str(folder), None, None
+        sys.addaudithook(self.hook)
+
+    def hook(self, event, arguments):
+        if self.left is None or event not in self.events:
+            return
+        if event == "open" and not set(str(arguments[1])) & set("wax+"):
+            return
+        if isinstance(arguments[0], str) and self.folder not in arguments[0]:
+            return  # names in a folder that is being removed are not whole paths
+        self.left -= 1
+        if self.left < 0:
+            self.killed_at = self.killed_at or (event, *arguments)
+            raise Killed
+
+
+class Damaged(Program):
+    """What a run left, damaged by hand or by a kill."""
+
+    def all_files(self, folder):
+        """Return the files below `folder`, hidden ones too, as sorted text."""
+        found = [path for path in folder.rglob("*") if path.is_file()]
+        return sorted(str(path.relative_to(folder)) for path in found)
+
+    def test_a_damaged_record_is_refused_and_nothing_is_removed(self):
+        run_dir = self.reuse(until=4)
+        path = run_dir / "run.json"
+        whole = json.loads(path.read_text())
+
+        def change(*keys, to):
+            record = json.loads(json.dumps(whole))
+            place = record
+            for key in keys[:-1]:
+                place = place[key]
+            place[keys[-1]] = to
+            return record
+
+        damages = {
+            "finished": [change("finished", to=value) for value in ("false", 0, None)],
+            "trained": [change("trained", to="yes")],
+            "history": [
+                change("history", to={}),
+                change("history", 0, to="epoch"),
+                change("history", 0, "epoch", to=7),
+            ],
+            "loss": [
+                change("history", 0, "loss", to=value)
+                for value in ("0.5", float("nan"), 1e50, None, True)
+            ],
+            "resumed": [change("resumed", to=["4"]), change("resumed", to=4)],
+            "data": [change("data", to=[15, 3, 3])],
+            "config": [change("config", to=3)],
+            "predict": [change("config", "predict", to=["x.png"])],
+            "export": [change("config", "export", to="x")],
+            "help": [change("config", "help", to=True)],
+            "--bogus": [change("config", "bogus", to=1)],
+            "--epochs": [
+                change("config", "epochs", to=value) for value in (-1, 2.5, "two", [2])
+            ],
+            "--precision": [change("config", "precision", to="int8")],
+            "--demo": [change("config", "demo", to=3)],
+        }
+        before = self.files(run_dir)
+        for field, records in damages.items():
+            for record in records:
+                path.write_text(json.dumps(record))
+                result = self.resume()
+                with self.subTest(field, errors=result[2]):
+                    self.assert_line(result, rf"run\.json.*{field}")
+                    self.assertEqual(self.files(run_dir), before)
+                    self.assertEqual(path.read_text(), json.dumps(record))
+        del whole["finished"]
+        path.write_text(json.dumps(whole))
+        self.assert_line(self.resume(), r"run\.json.*finished is None")
+        self.assertEqual(self.files(run_dir), before)
+
+    def test_foreign_files_and_what_a_kill_left_do_not_stop_a_resume(self):
+        run_dir = self.reuse(until=4)
+        checkpoint = run_dir / "checkpoint"
+        left = [
+            checkpoint / "frames" / ".part.000000002.png",
+            checkpoint / "frames" / "foo.png",
+            checkpoint / "ckpt-x9.index",
+            checkpoint / "ckpt-9.data-00000-of-00001",
+            checkpoint / ".part.ckpt-3",
+            run_dir / ".part.run.json",
+            run_dir / ".part.index.html",
+            run_dir / ".part.best.weights.h5",
+        ]
+        for path in left:
+            path.write_bytes(b"left")
+        (checkpoint / "ckpt-8_temp").mkdir()
+        (run_dir / ".part.holdout").mkdir()
+        (run_dir / ".part.holdout" / "um_road_000000.png").write_bytes(b"left")
+        code, _, errors = self.resume()
+        self.assertEqual((code, errors), (0, ""))
+        self.assertEqual(self.record()["resumed"], [4])
+        self.assertEqual(self.record()["state"], "finished")
+
+    def test_a_kill_at_any_file_operation_of_an_epochs_end_leaves_a_run_to_resume(self):
+        run_dir = self.reuse("--checkpoint-minutes", 0, "--epochs", 3, until=5)
+        start, killed = self.folder / "start", self.folder / "killed"
+        watch, keep = FileOperations(run_dir), helper.Run.keep
+        save_weights, write = keras.Model.save_weights, tf.train.Checkpoint.write
+
+        def kills(run, epoch):
+            """End the second epoch over and over, killed at one operation more."""
+            shutil.copytree(run_dir, start)
+            before = copy.deepcopy({k: v for k, v in vars(run).items() if k in names})
+            for moment in itertools.count():
+                watch.left, watch.killed_at = moment, None
+                with contextlib.suppress(Killed):
+                    keep(run, dict(epoch))
+                watch.left = None
+                shutil.copytree(run_dir, killed / f"{moment:03}")
+                if watch.killed_at is None:
+                    raise KeyboardInterrupt  # enough
+                shutil.rmtree(run_dir)
+                shutil.copytree(start, run_dir)
+                vars(run).update(copy.deepcopy(before), writing=None)
+
+        def weights_by_python(model, path):
+            Path(path).write_bytes(b"")  # HDF5 does not report what it does
+            save_weights(model, path)
+
+        def checkpoint_by_python(state, path):
+            Path(path + "_temp").mkdir()
+            Path(path + "_temp", "part").write_bytes(b"")
+            shutil.rmtree(path + "_temp")
+            return write(state, path)
+
+        names = "record", "saved", "saved_at", "last", "written_epoch"
+        self.patch(keras.Model, "save_weights", weights_by_python)
+        self.patch(tf.train.Checkpoint, "write", checkpoint_by_python)
+        self.patch(helper.Run, "score", mock.Mock())  # of no matter here
+        self.patch(helper, "save_inference_samples", mock.Mock())
+        with mock.patch.object(helper.Run, "keep", kills):
+            self.assertEqual(self.call("--resume", run_dir)[0], 130)
+        self.assertEqual(self.call("--resume", start)[0], 0)
+        expected, states = self.outcome(start), {}
+        for folder in sorted(killed.iterdir()):
+            sizes = [(f, (folder / f).stat().st_size) for f in self.all_files(folder)]
+            states[tuple(sizes)] = folder  # most operations change nothing that counts
+        self.assertGreater(len(states), 10)
+        for folder in states.values():
+            code, output, errors = self.call("--resume", folder)
+            with self.subTest(folder.name):
+                self.assertEqual((code, errors), (0, ""))
+                self.assertRegex(output, "resumed at step [56] of 9")
+                self.assertEqual(self.outcome(folder), expected)
+
+    def test_a_decoration_that_fails_stops_no_run(self):
+        broken = mock.Mock(side_effect=OSError(5, "Input/output error"))
+        for name in "write_progress", "followed_frame", "report", "overview":
+            with self.subTest(name), mock.patch.object(helper, name, broken):
+                code, output, errors = self.main("--checkpoint-minutes", 0)
+                self.assertEqual((code, errors), (0, ""))
+                self.assertRegex(output, "without .*: .*Input/output error")
+
+    def test_other_images_of_the_same_number_are_noticed(self):
+        self.stopped(4, self.main)
+        folder = self.folder / "data/data_road/training"
+        (folder / "image_2/um_000003.png").rename(folder / "image_2/um_000033.png")
+        label = folder / "gt_image_2/um_road_000003.png"
+        label.rename(label.with_name("um_road_000033.png"))
+        self.assert_line(self.resume(), "here are .* of other names: name its data set")
 
 
 # ----------------------------------------------------------- what was trained, used
