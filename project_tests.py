@@ -10,6 +10,7 @@ the benchmark alone.
 
 import argparse
 import atexit
+import collections
 import contextlib
 import copy
 import fcntl
@@ -55,6 +56,7 @@ import numpy as np
 import requests
 import tensorflow as tf
 from PIL import Image
+from tensorflow.python.framework import kernels
 
 import helper
 import main
@@ -1210,6 +1212,8 @@ class LoadVgg(Case):
             ours.bias.assign([1, 2, 0, -1])
             theirs.set_weights(ours.get_weights())
             np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
+            with mock.patch.object(tf.config, "list_physical_devices"):  # as on a GPU
+                np.testing.assert_array_equal(ours(x), theirs(x))
 
     def test_random_weights_bring_fc7_to_order_1(self):
         keras.utils.set_random_seed(0)
@@ -1497,6 +1501,86 @@ class Optimize(Case):
         self.assertNotAlmostEqual(float(second), float(first), places=6)
         other, _ = self.optimize(vgg_rate=0, rate=1e-12, seed=1)
         self.assertNotAlmostEqual(float(other(*batch)[0]), float(first), places=6)
+
+
+@functools.cache
+def gpu_kernels():
+    """Return {op: the types, by attribute, of each of its kernels for a GPU}.
+
+    TensorFlow's CUDA build registers them on any machine.
+    """
+    found = collections.defaultdict(list)
+    for kernel in kernels.get_all_registered_kernels().kernel:
+        if kernel.device_type in ("GPU", "DEFAULT"):
+            allowed = {c.name: c.allowed_values.list.type for c in kernel.constraint}
+            found[kernel.op].append(
+                {name: set(types) for name, types in allowed.items()}
+            )
+    return found
+
+
+def without_gpu_kernel(function, *arguments):
+    """Return the ops of a tf.function, of all it calls too, that no GPU kernel fits."""
+    graph = function.get_concrete_function(*arguments).graph.as_graph_def()
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    lacking = set()
+    for node in nodes:
+        types = {name: value.type for name, value in node.attr.items() if value.type}
+        if not any(
+            all(types[name] in allowed for name, allowed in kernel.items())
+            for kernel in gpu_kernels()[node.op]
+        ):
+            lacking.add(node.op)
+    return lacking
+
+
+class Gpu(Case):
+    """What a GPU would stumble over, as far as a machine without one can tell."""
+
+    def setUp(self):
+        super().setUp()
+        if "Conv2D" not in gpu_kernels():
+            self.skipTest("this build of TensorFlow has no kernels for a GPU")
+        self.addCleanup(keras.config.set_dtype_policy, "float32")
+        seen = tf.config.list_physical_devices
+        self.patch(
+            tf.config,
+            "list_physical_devices",
+            lambda kind=None: ["GPU"] if kind == "GPU" else seen(kind),
+        )
+
+    def test_every_op_of_a_step_has_a_kernel_for_the_gpu(self):
+        images, labels, weights = small_batch()
+        for precision in "float32", "bfloat16", "float16":
+            mixed = precision if precision == "float32" else f"mixed_{precision}"
+            keras.config.set_dtype_policy(mixed)
+            model = main.fcn8s("random", keep_prob=0.5)
+            step, _ = optimize(model, precision=precision)
+            predictor = predictor_of(model)
+            with self.subTest(precision):
+                arguments = images, labels, weights
+                self.assertEqual(without_gpu_kernel(step.plain, *arguments), set())
+                arguments = model, ONE, tf.constant(images), tf.constant(labels)
+                self.assertEqual(
+                    without_gpu_kernel(main.holdout_step, *arguments), set()
+                )
+                for function in predictor.network, predictor.grow:
+                    self.assertEqual(without_gpu_kernel(function), set())
+                # on purpose on the host, which then sends a fifth of the bytes
+                self.assertEqual(
+                    without_gpu_kernel(predictor.shrink), {"ScaleAndTranslate"}
+                )
+
+    def test_shrinking_is_placed_on_the_host(self):
+        graph = predictor_of(small_model()[0]).shrink.get_concrete_function().graph
+        (shrink,) = (op for op in graph.get_operations() if "Scale" in op.type)
+        self.assertIn("CPU", shrink.device)
+
+    def test_growing_without_antialias_is_growing_with_it(self):
+        roads = np.random.default_rng(0).uniform(size=(1, 32, 96)).astype(np.float32)
+        ours = predictor_of(small_model()[0]).grow(roads, (75, 248))
+        theirs = tf.image.resize(roads[..., None], (75, 248), antialias=True)[..., 0]
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 class Evaluate(Case):
@@ -2713,6 +2797,44 @@ class Damaged(Program):
                 self.assertRegex(output, "resumed at step [56] of 9")
                 self.assertEqual(self.outcome(folder), expected)
 
+    def test_a_terminal_that_is_closed_stops_it_as_sigterm_does(self):
+        result = self.stopped(4, self.main, signum=signal.SIGHUP)
+        self.assert_line(result, "^stopped by SIGHUP$", 129)
+        self.assertEqual(self.resume()[0], 0)
+        self.assertEqual(self.record()["resumed"], [4])
+        previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        try:
+            self.assertEqual(self.stopped(4, self.main, signum=signal.SIGHUP)[0], 0)
+        finally:
+            signal.signal(signal.SIGHUP, previous)
+
+    def test_a_standard_output_that_breaks_or_knows_ascii_alone_stops_nothing(self):
+        runs = self.folder / "rüns"
+        command = [sys.executable, "-c", DRIVER, "0", "", *self.command("--epochs", 1)]
+        command += ["--runs-dir", str(runs)]
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(main.__file__).parent,
+            env=os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+        )
+        self.addCleanup(process.kill)
+        process.stdout.readline()
+        process.stdout.close()  # as head does
+        errors = process.stderr.read()
+        self.assertEqual(process.wait(TIMEOUT), 0, errors)
+        said = "standard output: Broken pipe: going on without"
+        self.assertEqual(own_lines(errors), [said])
+        (run_dir,) = runs.glob("*/")
+        record = json.loads((run_dir / "run.json").read_text())
+        self.assertTrue(record["finished"])
+        output = helper.Stream(mock.Mock(write=mock.Mock(side_effect=OSError(28, "x"))))
+        with tempfile.TemporaryFile() as file:
+            output.stream.fileno = file.fileno
+            self.assertEqual(output.write("abc"), 3)
+
     def test_a_decoration_that_fails_stops_no_run(self):
         broken = mock.Mock(side_effect=OSError(5, "Input/output error"))
         for name in "write_progress", "followed_frame", "report", "overview":
@@ -2932,6 +3054,46 @@ main.load_vgg, project_tests.SIDES = project_tests.small_vgg, [64, 128]
         expected = (results["train_share"], results["predict_share"])
         for shown, share in zip(shares, expected, strict=True):
             self.assertAlmostEqual(float(shown), 100 * share, places=1)
+
+
+class ByHand(Program):
+    def test_the_lines_of_the_readme_do_what_they_say(self):
+        text = (Path(main.__file__).parent / "README.md").read_text()
+        section = text.partition("\n## By hand\n")[2].partition("\n## ")[0]
+        lines = [line[4:] for line in section.splitlines() if line.startswith("    ")]
+        self.assertLessEqual(sum(map(bool, lines)), 16)
+        code = "\n".join(lines)
+        self.assertIn("= 50, 5, (160, 576)", code)
+        code = code.replace("= 50, 5, (160, 576)", "= 1, 5, (32, 96)")
+        code = code.replace('Path("', f'Path("{self.folder}/')
+        self.patch(helper, "download", mock.Mock())
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(code, {})  # noqa: S102 (the lines of the README)
+        self.assertRegex(said.getvalue(), "'epoch': 1, 'step': 3, 'loss': ")
+        names = [f"{kind}_000000.png" for kind in ("um", "umm", "uu")]
+        found = (self.folder / "runs/by-hand").glob("*.png")
+        self.assertEqual(sorted(path.name for path in found), names)
+
+    def test_three_classes_are_trained_and_never_scored_as_two(self):
+        image_input, *pools = small_vgg("random", 0.5)
+        model = keras.Model(image_input, main.layers(*pools, num_classes=3))
+        step, _ = main.optimize(model, learning_rate=0.01)
+        images, labels, weights = small_batch()
+        labels[:, -4:] = 2
+        weights[:] = 1 / (labels != VOID).sum()
+        logits = model(images).numpy().reshape(-1, 3).astype(float)
+        chosen = labels.ravel() != VOID
+        logits, ids = logits[chosen], labels.ravel()[chosen]
+        by_hand = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(ids)), ids]
+        next(y for y in model.layers if "dropout" in y.name).rate = 0
+        first = float(step(images, labels, weights)[0])
+        self.assertAlmostEqual(first, by_hand.mean(), places=4)
+        last = [float(step(images, labels, weights)[0]) for _ in range(20)][-1]
+        self.assertLess(last, first)
+        with self.assertRaisesRegex(ProgramError, "scores are for two classes"):
+            main.evaluate(model, [(images, labels, weights)])
+        with self.assertRaisesRegex(ProgramError, "are for two classes, .* not 3"):
+            helper.Predictor(model, (32, 64))
 
 
 class Use(Program):
