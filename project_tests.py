@@ -3,9 +3,10 @@
     python project_tests.py             all of it, on all cores
     python project_tests.py LoadVgg     one stage
     python project_tests.py --benchmark [--benchmark-steps N] [settings of main.py]
+    python project_tests.py --benchmark-job     what a run costs beside its steps
 
 No network but 127.0.0.1, nothing written outside temporary folders; a GPU is used by
-the benchmark alone.
+the benchmarks alone.
 """
 
 import argparse
@@ -3039,7 +3040,7 @@ class Benchmark(Program):
 import main, project_tests
 main.load_vgg, project_tests.SIDES = project_tests.small_vgg, [64, 128]
 """
-        self.patch(sys.modules[__name__], "BENCHMARK", small + BENCHMARK)
+        self.enterContext(mock.patch.dict(globals(), BENCHMARK=small + BENCHMARK))
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             code = benchmark(
@@ -3054,6 +3055,24 @@ main.load_vgg, project_tests.SIDES = project_tests.small_vgg, [64, 128]
         expected = (results["train_share"], results["predict_share"])
         for shown, share in zip(shares, expected, strict=True):
             self.assertAlmostEqual(float(shown), 100 * share, places=1)
+
+    def test_the_job_prints_where_its_time_goes(self):
+        small = "import main, project_tests\nmain.load_vgg = project_tests.small_vgg\n"
+        smaller = {
+            "JOB": small + JOB,
+            "draw": lambda data, **_: shutil.copytree(self.folder / "data", data),
+            "write_vgg_weights": lambda path, model: path.touch(),
+        }
+        self.enterContext(mock.patch.dict(globals(), smaller))
+        self.patch(keras.applications, "VGG16", mock.Mock())
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            settings = "--epochs=3", "--image-height=32", "--image-width=96"
+            self.assertEqual(job([*settings, "--checkpoint-minutes=0"]), 0)
+        results = json.loads(said.getvalue().splitlines()[-1])
+        whole = results.pop("in all")
+        self.assertEqual(list(results), ["imports", *STAGES])
+        self.assertTrue(all(value > 0 for value in results.values()), results)
+        self.assertLess(sum(results.values()), whole)
 
 
 class ByHand(Program):
@@ -4025,6 +4044,97 @@ def benchmark(argv):
     return 0
 
 
+JOB = """
+import sys, time
+began = time.time()
+import helper, main
+imported = time.time()
+sys.argv.append("--benchmark")  # leaves the GPU to it
+import project_tests
+project_tests.play(began, imported)
+"""
+STAGES = {  # of the default job: what is waited for, and whose time it is
+    "looking at the test images": (helper, "check_tests"),
+    "decoding": (helper, "gen_batch_function"),
+    "building and loading VGG-16": (main, "fcn8s"),
+    "the optimizer's state": (main, "optimize"),
+    "tracing and the first step": (main.TrainStep, "__call__"),
+    "epoch ends: hold-out": (main, "evaluate"),
+    "epoch ends: followed image": (helper.Run, "keep_frame"),
+    "epoch ends: run.json and pages": (helper, "write_run"),
+    "best weights": (helper, "write_weights"),
+    "checkpoints": (helper, "write_checkpoint"),
+    "scoring": (helper.Run, "score"),
+    "overlays": (helper, "save_inference_samples"),
+}
+
+
+def timed(taken, title, function):
+    """Return `function`, whose seconds are added to taken[title]."""
+
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            taken[title] += time.perf_counter() - start
+
+    return call
+
+
+def play(began, imported):
+    """Run main.py with a network of no cost; print where the time goes, as JSON.
+
+    VGG-16 is built, loaded and traced as ever; then its steps return at once.
+    """
+    taken = dict.fromkeys(["imports", *STAGES], 0.0) | {"imports": imported - began}
+    step, network = main.TrainStep.__call__, helper.Predictor._network
+    sums = 1.0, np.full((2, 256), 9.0)  # of a hold-out batch
+
+    def first_step_only(train_step, *batch):
+        if int(train_step.step) == 0:
+            return step(train_step, *batch)
+        train_step.step.assign_add(1)
+        return tf.constant([0.1, 0.1, 1.0])
+
+    def constant_road(predictor, images):
+        network(predictor, images[:0])  # traced, and not computed
+        return tf.fill(tf.shape(images)[:3], 0.6)
+
+    main.TrainStep.__call__ = first_step_only
+    main.holdout_step = lambda *arguments: sums
+    helper.Predictor._network = constant_road
+    for title, (owner, name) in STAGES.items():
+        setattr(owner, name, timed(taken, title, getattr(owner, name)))
+    code = main.main(
+        [argument for argument in sys.argv[1:] if argument != "--benchmark"]
+    )
+    print(json.dumps(taken | {"in all": time.time() - began}), flush=True)
+    sys.exit(code)
+
+
+def job(argv):
+    """Print what the default job costs beside its steps: a table, then JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, vgg = Path(folder, "data"), Path(folder, "vgg.h5")
+        draw(data, training=288, testing=291)
+        write_vgg_weights(vgg, keras.applications.VGG16(weights=None))
+        paths = [f"--vgg={vgg}", f"--data-dir={data}", f"--runs-dir={folder}"]
+        done = subprocess.run(
+            [sys.executable, "-c", JOB, *paths, *argv],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        return done.returncode
+    text = done.stdout.splitlines()[-1]
+    for title, seconds_taken in json.loads(text).items():
+        print(f"{title:34}{seconds_taken:8.2f} s")
+    print(text)
+    return 0
+
+
 # --------------------------------------------------------------------- all of it
 
 
@@ -4118,4 +4228,6 @@ def check_all(names):
 if __name__ == "__main__":
     if "--benchmark" in sys.argv:
         sys.exit(benchmark(sys.argv[1:]))
+    if "--benchmark-job" in sys.argv:
+        sys.exit(job([each for each in sys.argv[1:] if each != "--benchmark-job"]))
     sys.exit(check_all(sys.argv[1:]))
