@@ -141,7 +141,7 @@ def settings_parser():
             nargs="+" if kind is list else None,
             choices=None if in_range else allowed,
             default=field.default,
-            metavar=metavars[kind],
+            metavar=None if isinstance(allowed, list) else metavars[kind],
             help=meaning + ("" if field.default is None else " (%(default)s)"),
         )
     return parser
