@@ -1701,11 +1701,13 @@ class Inference(Case):
             self.assertEqual((road.shape, road.dtype), (images.shape[:3], np.float32))
             self.assertTrue(0 <= road.min() and road.max() <= 1)
 
-    def test_it_is_the_softmax_at_network_size_resized_back(self):
+    def test_it_is_the_mean_softmax_of_both_mirror_images_resized_back(self):
         images = self.images(1, 64, 128)
-        small = helper.resize_image(images, (32, 64))
-        logits = self.model(small).numpy()[0].astype(float)
-        road = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
+        small = helper.resize_image(images, (32, 64)).numpy()[0]
+        logits = self.model(np.stack([small, small[:, ::-1]])).numpy().astype(float)
+        roads = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
+        self.assertGreater(np.abs(roads[0] - roads[1][:, ::-1]).max(), 1e-4)
+        road = (roads[0] + roads[1][:, ::-1]) / 2
         back = Image.fromarray(road.astype(np.float32)).resize(
             (128, 64), Image.Resampling.BILINEAR
         )
@@ -3175,7 +3177,7 @@ class Use(Program):
             )
         self.assertEqual(Image.open(self.out() / "d.jpeg").format, "JPEG")
         changed = self.overlay(self.noise) != self.noise
-        self.assertTrue(0.3 < changed.any(-1).mean() < 0.7)
+        self.assertTrue(0.1 < changed.any(-1).mean() < 0.9)
 
     def test_files_folders_and_videos_go_together_and_none_meets_another(self):
         images = self.pictures("a.png", "x/a.png", "A.jpg", "y.png/b.png")
@@ -3994,7 +3996,7 @@ def measure(began, times, *, batch_size, get_batches_fn, train_step, state, **_)
     # backward: to the kernel and to the input, but for that of the first layer
     replicas = len(tf.nest.flatten(next(batches)[0], expand_composites=True))
     results["train_flop"] = batch_size * (3 * sum(flop) - flop[0]) / replicas
-    results["predict_flop"] = batch_size * sum(flop)
+    results["predict_flop"] = 2 * batch_size * sum(flop)  # of mirror images too
     results["matmul_flop_per_s"] = max(rates)
     print(json.dumps(results), flush=True)
     os._exit(0)
