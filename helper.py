@@ -2058,7 +2058,8 @@ def print_scores(scores):
             PLANES[plane] + ("" if kinds else ": no hold-out image has a calibration")
         )
         for first, *cells in score_rows(kinds):
-            cells = ("thresh." if cell == "threshold" else cell for cell in cells)
+            short = {"threshold": "thresh.", "accuracy": "acc."}
+            cells = (short.get(cell, cell) for cell in cells)
             print(f"{first[:10]:10}" + "".join(f"{cell:>8}" for cell in cells))
 
 
