@@ -225,10 +225,7 @@ def be_a_program(main):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
         setattr(sys, name, Stream(stream))
-    for signum in SIGNALS:
-        if signum == SIGNALS[-1] and signal.getsignal(signum) is signal.SIG_IGN:
-            continue  # nohup asked for that
-        signal.signal(signum, interrupt)  # scripts may start it with SIGINT ignored
+    heed_signals(interrupt)
     warnings.filterwarnings("ignore")  # of Keras and Pillow: the program speaks itself
     sys.exit(main())
 
@@ -283,18 +280,29 @@ def watch_signals(numbers, stop):
             os._exit(128 + signum)
 
 
+def heed_signals(handler):
+    """Have `handler` handle the signals; return what did before, {number: handler}.
+
+    A SIGHUP that is ignored stays so, as nohup asked for that; SIGINT does not, as
+    scripts start programs in the background with it ignored.
+    """
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    if before[SIGNALS[-1]] is signal.SIG_IGN:
+        del before[SIGNALS[-1]]
+    for signum in before:
+        signal.signal(signum, handler)
+    return before
+
+
 @contextlib.contextmanager
 def handling_signals(handler):
-    """Have `handler` handle the signals inside, but for those that are ignored."""
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    taken = [signum for signum in SIGNALS if before[signum] is not signal.SIG_IGN]
-    for signum in taken:
-        signal.signal(signum, handler)
+    """Have `handler` handle the signals inside."""
+    before = heed_signals(handler)
     try:
         yield
     finally:
-        for signum in taken:
-            signal.signal(signum, before[signum])
+        for signum, old in before.items():
+            signal.signal(signum, old)
 
 
 @contextlib.contextmanager

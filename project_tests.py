@@ -2801,15 +2801,14 @@ class Damaged(Program):
                 self.assertEqual(self.outcome(folder), expected)
 
     def test_a_terminal_that_is_closed_stops_it_as_sigterm_does(self):
+        previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        self.addCleanup(signal.signal, signal.SIGHUP, previous)
         result = self.stopped(4, self.main, signum=signal.SIGHUP)
         self.assert_line(result, "^stopped by SIGHUP$", 129)
         self.assertEqual(self.resume()[0], 0)
         self.assertEqual(self.record()["resumed"], [4])
-        previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        try:
-            self.assertEqual(self.stopped(4, self.main, signum=signal.SIGHUP)[0], 0)
-        finally:
-            signal.signal(signal.SIGHUP, previous)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        self.assertEqual(self.stopped(4, self.main, signum=signal.SIGHUP)[0], 0)
 
     def test_a_standard_output_that_breaks_or_knows_ascii_alone_stops_nothing(self):
         runs = self.folder / "rüns"
@@ -3125,9 +3124,10 @@ class Use(Program):
         self.weights = self.reuse("--epochs", 0) / "best.weights.h5"
         self.model = self.trained(self.weights.parent)
         self.noise = np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8)
-        road = predict_road(self.model, self.noise[None])
-        middle = float(np.median(np.log(road / (1 - road))))  # so half of it is road
-        self.model.get_layer("score_fc7").bias.assign([middle, 0])
+        bias = self.model.get_layer("score_fc7").bias
+        for _ in range(8):  # until half of it is road
+            road = predict_road(self.model, self.noise[None])
+            bias.assign_add([float(np.median(np.log(road / (1 - road)))), 0])
         save_weights(self.model, self.weights)
         shutil.rmtree(self.folder / "data")
         for name in "maybe_download_kitti_road", "maybe_download_pretrained_vgg":
@@ -3177,7 +3177,7 @@ class Use(Program):
             )
         self.assertEqual(Image.open(self.out() / "d.jpeg").format, "JPEG")
         changed = self.overlay(self.noise) != self.noise
-        self.assertTrue(0.1 < changed.any(-1).mean() < 0.9)
+        self.assertTrue(0.3 < changed.any(-1).mean() < 0.7)
 
     def test_files_folders_and_videos_go_together_and_none_meets_another(self):
         images = self.pictures("a.png", "x/a.png", "A.jpg", "y.png/b.png")
