@@ -495,8 +495,9 @@ def evaluate(model, batches, device=None):
     """
     helper.need_two_classes(model, "scores")
     strategy = (device or helper.Device()).strategy
+    bar = tqdm(batches, "hold-out", leave=False, disable=None)  # seconds, on a CPU
     results = [
-        holdout_step(model, strategy, images, labels) for images, labels, _ in batches
+        holdout_step(model, strategy, images, labels) for images, labels, _ in bar
     ]
     if not results:
         return {}
