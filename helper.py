@@ -1084,6 +1084,7 @@ def read_image(path):
         blaming(path, "a readable image", "replace or remove it"),
         Image.open(path) as image,
     ):
+        image.load()  # what is damaged fails here, not unseen below
         with contextlib.suppress(Exception):  # a broken EXIF block of a good picture
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off
@@ -1160,7 +1161,7 @@ def find_images(data_dir, holdout_fraction=0.1667, submission=False):
     samples = []
     for image in image_files(training_dir / "image_2"):
         label = training_dir / "gt_image_2" / road_name(image)
-        if not label.exists():
+        if not label.is_file():
             lane = label.with_name(label.name.replace("_road_", "_lane_"))
             other = f" ({lane.name} is another task)" if lane.exists() else ""
             raise ProgramError(f"{image} has no label {label}{other}: add the label")
@@ -1223,6 +1224,8 @@ def read_homography(image_path):
     if not path.exists():
         return None
     with blaming(path, "a calibration of KITTI Road", "replace or remove it"):
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("not a regular file")
         lines = (line.partition(":") for line in path.read_text().splitlines())
         numbers = {name: np.array(rest.split(), float) for name, _, rest in lines}
         rectification, to_road = np.eye(4), np.eye(4)

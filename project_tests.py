@@ -946,6 +946,33 @@ class Data(Case):
             self.assertIn(str(path), str(caught.exception))
             self.assertNotIn("\n", str(caught.exception))
 
+    def test_a_damaged_image_is_named_and_never_read_as_another(self):
+        path = self.folder / "image.png"
+        Image.effect_noise((90, 90), 50).save(path)
+        whole = path.read_bytes()
+        path.write_bytes(
+            whole[:200] + bytes(255 - c for c in whole[200:400]) + whole[400:]
+        )
+        with self.assertRaisesRegex(ProgramError, "not a readable image"):
+            helper.read_image(path)
+
+    def test_what_is_no_regular_file_is_named_and_not_waited_for(self):
+        road = write_sample(self.folder, "um_000003")
+        training = road.parent.parent
+        (training / "calib").mkdir(exist_ok=True)
+        calibration = training / "calib" / "um_000003.txt"
+        os.mkfifo(calibration)
+        waits = AssertionError("waits for a writer")
+        with (
+            mock.patch.object(Path, "read_text", side_effect=waits),
+            self.assertRaisesRegex(ProgramError, "not a regular file"),
+        ):
+            helper.read_homography(training / "image_2" / "um_000003.png")
+        road.unlink()
+        os.mkfifo(road)
+        with self.assertRaisesRegex(ProgramError, "has no label"):
+            find_images(self.folder)
+
     def test_a_label_of_another_size_is_refused(self):
         road = write_sample(self.folder, "um_000003")
         Image.new("RGB", (24, 40)).save(road)
