@@ -1853,6 +1853,8 @@ def export(predictor, folder):
     """Write a SavedModel: images (B, H, W, 3) uint8 to road (B, H, W)."""
     if folder.exists():
         raise ProgramError(f"{folder}: exists: name a new folder with --export")
+    if re.search(r"[\ud800-\udfff]", str(folder)):
+        raise ProgramError(f"{folder}: not UTF-8: name another folder with --export")
     folder.parent.mkdir(parents=True, exist_ok=True)
     size = 5 * predictor.model.count_params() + 10**6
     need_space(folder.parent, size, "the SavedModel")
@@ -2148,10 +2150,11 @@ def open_run(config, classes, split, device):
     workers only the chief writes. Raises ProgramError while another program is at work
     there.
     """
-    if set("*?[") & set(str(config.resume or config.runs_dir)):
+    place = config.resume or config.runs_dir / (config.name or "")
+    if re.search(r"[*?[\ud800-\udfff]", str(place)):
         raise ProgramError(
-            f"{config.resume or config.runs_dir}: TensorFlow finds no checkpoint where "
-            "* ? or [ is in the path: name another --runs-dir"
+            f"{place}: TensorFlow finds no checkpoint where * ? or [ is in the path, or "
+            "what is not UTF-8: name another --runs-dir or --name"
         )
     if not device.chief:
         yield Run(config.resume or config.runs_dir, config, classes, split, device)

@@ -2584,6 +2584,11 @@ class Resume(Program):
         runs = self.folder / "runs[1]"
         self.assert_line(self.main("--runs-dir", runs), "name another --runs-dir")
         self.assertFalse(runs.exists())
+        for name in "a[1]", "a*", os.fsdecode(b"a\xff"):
+            self.assert_line(self.main("--name", name), "name another --runs-dir")
+        latin = self.folder / os.fsdecode(b"runs\xff")
+        self.assert_line(self.main("--runs-dir", latin), "name another --runs-dir")
+        self.assertEqual(self.run_dirs(), [])
 
     def test_a_finished_run_is_left_as_it_is(self):
         run_dir = self.reuse()
@@ -3346,6 +3351,11 @@ class Use(Program):
         self.weights = self.folder / "older.weights.h5"
         said = "older.weights.h5: not .*does not say its input size.*: name the best"
         self.assert_line(self.use("--predict", images), said)
+
+    def test_an_export_to_a_name_that_is_not_utf_8_is_refused(self):
+        folder = self.folder / os.fsdecode(b"model\xff")
+        self.assert_line(self.use("--export", folder), "another folder with --export")
+        self.assertFalse(folder.exists())
 
     def test_an_exported_model_is_the_program_bit_for_bit(self):
         folder = self.folder / "saved"
