@@ -121,7 +121,12 @@ def settings_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], allow_abbrev=False
     )
-    parser.error = lambda message: parser.exit(2, f"{message}: see main.py --help\n")
+
+    def error(message):  # in one line, whatever was typed
+        message = helper.printable(" ".join(message.splitlines()))
+        parser.exit(2, f"{message}: see main.py --help\n")
+
+    parser.error = error
     hints = get_type_hints(Config, include_extras=True)
     metavars = {int: "N", float: "X", str: "NAME", Path: "PATH", list: "PATH"}
     for field in dataclasses.fields(Config):

@@ -2146,6 +2146,9 @@ class Run(Program):
         ):
             with self.subTest(line):
                 self.assert_refused(2, *line.split(), said=line.split()[0])
+        self.assert_refused(
+            2, "--epochs", "\x1b[2J\n3", said=r"--epochs: \\x1b\[2J 3 is"
+        )
 
     def test_bad_data_ends_with_one_line_and_no_run(self):
         training = self.folder / "data" / "data_road" / "training"
