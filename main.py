@@ -189,19 +189,26 @@ def recorded_settings(run_dir):
     alone.
     """
     path = run_dir / "run.json"
-    recorded = helper.read_run(run_dir)["config"]
+    record = helper.read_run(run_dir)
+    recorded, known = record["config"], record.get("defaults")
     parser = settings_parser()
 
     def refuse(message):
+        message = " ".join(message.splitlines())
         raise ProgramError(f"{path}: config: {message}: correct it, or start anew")
 
     parser.error = refuse
-    typed = []
+    typed, elsewhere = [], {"resume", "predict", "export"}
+    known = set(known) if isinstance(known, dict) else set()  # to its own version
+    if lost := known - recorded.keys() - elsewhere:
+        refuse(f"no {min(lost)}")
     for name, value in recorded.items():
         if value is None or value is False:
             continue
-        if name in ("resume", "predict", "export", "help"):
+        if name in {*elsewhere, "help"}:
             refuse(f"{name} is no setting of a run")
+        if "\0" in str(value):
+            refuse(f"a zero byte in {name}")
         typed.append(flag(name) if value is True else f"{flag(name)}={value}")
     settings = vars(parser.parse_args(typed))
     return {name: value for name, value in settings.items() if name in recorded}

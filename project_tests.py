@@ -2634,6 +2634,16 @@ class Resume(Program):
         # over the new length: half of the cosine after epoch 2, all of it after 3
         np.testing.assert_allclose(rates, [0.00123, 0.00123 / 2, 0], atol=1e-9)
 
+    def test_a_record_without_a_setting_is_refused(self):
+        path = self.reuse(until=4) / "run.json"
+        record = json.loads(path.read_text())
+        rate = record["config"].pop("learning_rate")
+        path.write_text(json.dumps(record))
+        self.assert_line(self.resume(), "run.json: config: no learning_rate: correct")
+        record["config"] |= {"learning_rate": rate, "vgg": "a\0"}
+        path.write_text(json.dumps(record))
+        self.assert_line(self.resume(), "run.json: config: a zero byte in vgg: correct")
+
     def test_two_programs_do_not_work_on_one_run(self):
         run_dir = self.reuse(until=4)
         with helper.locked(run_dir / "checkpoint" / "run"):
