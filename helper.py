@@ -410,6 +410,8 @@ def ahead(task, items, depth=None, workers=None):
 
 def in_parallel(task, items, title, total=None):
     """Do `task` for every item on all cores, behind a bar; the first error ends it."""
+    if not items:
+        return
     total = len(items) if total is None else total
     for _ in tqdm(ahead(task, items), title, total, unit="image", disable=None):
         pass
@@ -1597,11 +1599,13 @@ def save_inference_samples(run_dir, predictor, image_paths, submission=False):
     With `submission` also submission.zip, for KITTI Road's server: the confidences
     from above, which needs a calibration of each image.
     """
+    if not image_paths:
+        return
     (run_dir / "thumbnails").mkdir(parents=True, exist_ok=True)
     save = functools.partial(save_sample, run_dir, predictor, submission)
     saved = ahead(save, gen_test_output(predictor, image_paths))
     bar = tqdm(saved, "overlays", len(image_paths), unit="image", disable=None)
-    views = dict(zip(image_paths, bar))
+    views = dict(zip(image_paths, bar, strict=True))  # to the bar's end
     if submission:
         with (
             written(run_dir / "submission.zip") as part,
@@ -2016,7 +2020,7 @@ def score_holdout(run_dir, predictor, holdout):
         tasks = ((s, image, road) for s, (_, image, road) in zip(holdout, segmented))
         counted = ahead(lambda task: score(*task), tasks)
         bar = tqdm(counted, "scoring", len(holdout), unit="image", disable=None)
-        for sample, counts in zip(holdout, bar):
+        for sample, counts in zip(holdout, bar, strict=True):  # to the bar's end
             kind = category(sample.image)
             for plane, histogram in counts.items():
                 pooled[plane][kind].append(histogram)

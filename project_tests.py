@@ -2307,6 +2307,25 @@ class Score(Program):
         saved = np.asarray(Image.open(run_dir / "holdout" / "uu_road_000005.png"))
         self.assertLessEqual(np.abs(saved - 255.0 * road).max(), 0.5001)
 
+    def test_bars_reach_their_end(self):
+        bars, plain = [], helper.tqdm
+
+        def bar(items, *args, **kwargs):
+            bars.append(plain(items, *args, **kwargs | {"disable": False}))
+            return bars[-1]
+
+        weights = self.reuse() / "best.weights.h5"
+        self.patch(helper, "tqdm", bar)
+        code, _, errors = self.main("--epochs", 0, "--weights", weights)
+        self.assertEqual(code, 0)
+        for title in "scoring", "overlays":
+            self.assertRegex(errors, rf"{title}: 100%.* 3/3 ")
+        shutil.rmtree(self.folder / "data/data_road/testing")
+        code, _, errors = self.main("--epochs", 0, "--weights", weights)
+        self.assertEqual(code, 0)
+        self.assertNotIn("looking at the test images", errors)
+        self.assertNotIn("overlays", errors)
+
     def test_trained_weights_are_scored_without_training(self):
         weights = self.reuse() / "best.weights.h5"
         self.patch(helper, "maybe_download_pretrained_vgg", None)
