@@ -2123,13 +2123,24 @@ def is_finished(run_dir):
         return False
     remove_folder(run_dir / CHECKPOINTS)  # if a kill left it
     print(f"{run_dir} is finished; its weights are {run_dir / WEIGHTS}")
-    print(f"to train on from them: {command('--weights', run_dir)}")
+    print(f"to train on from them: {train_on(run_dir, read_run(run_dir))}")
     return True
 
 
 def command(flag, path, rest=""):
     """Return a command line of this program, ready to be typed."""
     return f"python main.py {flag} {shlex.quote(str(path))}{rest}"
+
+
+def train_on(run_dir, record):
+    """Return the command line that trains on from a run's weights, on its data."""
+    config, rest = record["config"], ""
+    if config.get("demo"):
+        rest += " --demo"
+    data_dir = Path(config.get("data_dir", "data"))
+    if data_dir.absolute() != Path("data").absolute():
+        rest += f" --data-dir {shlex.quote(str(data_dir))}"
+    return command("--weights", run_dir, rest)
 
 
 def new_folder(runs_dir, name=None, suffix=""):
@@ -2225,7 +2236,7 @@ class Run:
         if record["trained"] and epochs != self.config.epochs:
             raise ProgramError(
                 f"{self.path} has been trained for all its {epochs} epochs: leave "
-                f"--epochs out, or train on: {command('--weights', self.path)}"
+                f"--epochs out, or train on: {train_on(self.path, record)}"
             )
         self.record |= record
 
@@ -2444,7 +2455,7 @@ class Run:
             f"are in {self.path}; look at {self.path / 'index.html'}"
         )
         print(f"your own: {command('--weights', self.path, ' --predict PATH ...')}")
-        print(f"train on: {command('--weights', self.path)}")
+        print(f"train on: {train_on(self.path, self.record)}")
 
     def fail(self, error):
         """Record how the run ended; remove its folder where nothing came of it."""

@@ -2625,6 +2625,20 @@ class Resume(Program):
         self.assert_line(self.resume(), "is finished: nothing to go on with")
         self.assertEqual((run_dir / "run.json").read_bytes(), record)
 
+    def test_the_command_to_train_on_names_the_same_data(self):
+        self.reuse()
+        _, output, _ = self.resume()
+        data = (self.folder / "data", kept("small", draw_small))
+        self.assertRegex(output, "--data-dir (" + "|".join(map(str, data)) + ")\n")
+        self.assertNotIn("--demo", output)
+        _, output, _ = self.main("--demo", "--epochs", "0")
+        (words,) = (x for x in output.splitlines() if x.startswith("train on: "))
+        typed = words.removeprefix("train on: python main.py ").split()
+        config = main.parse(typed)
+        self.assertTrue(config.demo)
+        self.assertEqual(config.data_dir, self.folder / "data")
+        self.assertEqual(config.weights, self.run_dirs()[-1])
+
     def test_a_run_keeps_its_settings(self):
         self.data("calibrated", draw_calibrated)  # as a submission needs
         rate = ["--learning-rate", "0.00123", "--keep-prob", "0.7", "--submission"]
