@@ -274,6 +274,8 @@ def watch_signals(numbers, stop):
             when = "this step" if stop.workers == 1 else "this epoch, as all workers"
             said = f"{signum.name}: stopping after {when}, then the checkpoint is "
             said += "written; a second signal stops at once\n"
+            if os.isatty(1):
+                said = "\r\x1b[K" + said  # over the bar and the terminal's ^C
             with contextlib.suppress(OSError):
                 os.write(1, said.encode())
         elif time.monotonic() - came >= SAME_SIGNAL:

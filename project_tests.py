@@ -2226,6 +2226,17 @@ class Run(Program):
         self.patch(main, "train_nn", mock.Mock(side_effect=KeyboardInterrupt))
         self.assert_refused(130, said="stopped by SIGINT")
 
+    def test_in_a_terminal_the_line_after_a_signal_is_not_glued_to_a_bar(self):
+        for terminal in False, True:
+            numbers = mock.Mock(recv=mock.Mock(side_effect=[b"\x02", b""]))
+            self.patch(os, "isatty", lambda file, terminal=terminal: terminal)
+            write = self.patch(os, "write", mock.Mock())
+            helper.watch_signals(numbers, helper.Stop(workers=1))
+            (said,) = (call.args[1] for call in write.call_args_list)
+            start = b"\r\x1b[KSIGINT: " if terminal else b"SIGINT: "
+            self.assertEqual(said[: len(start)], start)
+            self.assertLessEqual(len(said), 106)
+
     def test_a_process_says_no_more_than_its_line(self):
         """Once as a process, for what only shows there: import, exit code, signal."""
         command = [sys.executable, str(Path(main.__file__)), "--vgg", "random"]
