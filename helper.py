@@ -2601,6 +2601,7 @@ def read_weights_facts(path, classes):
 def load_weights(model, path):
     """Load a run's best weights; raise ProgramError if they are not of this network."""
     path = find_weights(path)
+    print(f"reading {path}")
     with blaming(path, "weights of this FCN-8s", f"name a run's {WEIGHTS}"):
         model.load_weights(path)
         check_finite(model)
@@ -2642,6 +2643,7 @@ def restore(state, run_dir):
     """Restore `state` from the newest checkpoint that is whole; return its number."""
     found = find_checkpoints(run_dir)
     for path in reversed(found):
+        print(f"reading {CHECKPOINTS}/{path.name}")
         try:
             with blaming(path, "a whole checkpoint", "the one before it counts"):
                 state.read(str(path)).assert_consumed()

@@ -686,7 +686,8 @@ def run(config):
 def use(config):
     """Segment images with trained weights, or export them."""
     helper.prepare_device(config.precision)
-    model = fcn8s("random", keep_prob=1)
+    with helper.loading("random"):
+        model = fcn8s("random", keep_prob=1)
     helper.load_weights(model, config.weights)
     image_shape = config.image_height, config.image_width
     predictor = helper.Predictor(model, image_shape, config.batch_size)

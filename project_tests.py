@@ -2623,6 +2623,15 @@ class Resume(Program):
         self.assert_line(self.main("--runs-dir", latin), "name another --runs-dir")
         self.assertEqual(self.run_dirs(), [])
 
+    def test_what_takes_seconds_is_said_before_it_begins(self):
+        run_dir = self.reuse()
+        image = next((self.folder / "data").rglob("*.png"))
+        _, output, _ = self.main("--weights", run_dir, "--epochs", 0)
+        self.assertIn(f"reading {run_dir}/best.weights.h5\n", output)
+        runs = "--runs-dir", self.folder / "runs"
+        _, output, _ = self.call("--weights", run_dir, "--predict", image, *runs)
+        self.assertRegex(output, f"building the network\nreading {run_dir}/best")
+
     def test_a_finished_run_is_left_as_it_is(self):
         run_dir = self.reuse()
         before = [(path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")]
