@@ -653,49 +653,44 @@ def locked(path, wait=True):
     Raises ProgramError where nothing can be written beside `path` and, without `wait`,
     where another program holds the lock.
     """
-    name, held = path.with_name(f".{path.name}.lock"), False
-    while not held:
-        with _lock_file(name) as lock:
-            if fcntl:
-                _acquire(lock, path, wait)
-            held = not fcntl or _is_at(lock, name)
-            try:
-                if held:
-                    yield
-            finally:
-                if fcntl and _is_at(lock, name):
-                    name.unlink(missing_ok=True)
-
-
-def _lock_file(name):
-    """Open the file `name` for a lock, in a folder that is made if missing."""
+    name = path.with_name(f".{path.name}.lock")
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
-        return open(name, "w") if fcntl else contextlib.nullcontext()
+        lock = _lock(name, path, wait) if fcntl else contextlib.nullcontext()
     except OSError as error:
         file = isinstance(error, FileExistsError)
         reason = "a file or a broken link, not a folder" if file else error.strerror
         raise ProgramError(
-            f"{name.parent}: {reason}: name a folder to write to"
+            f"{path.parent}: {reason}: name a folder to write to"
         ) from error
+    with lock:
+        try:
+            yield
+        finally:
+            if fcntl and _is_at(lock, name):
+                name.unlink()
 
 
-def _acquire(lock, path, wait):
-    """Lock the open file `lock`, which keeps others off `path`."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        place = path if wait else path.parent
-        if not wait:
-            raise ProgramError(
-                f"{place}: another program works on this run: let it end"
-            ) from None
-        print(f"{place}: another program is fetching it, waiting for that one")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def _lock(name, path, wait):
+    """Return the file `name`, open and locked, which keeps others off `path`."""
+    while True:
+        lock = open(name, "w")  # noqa: SIM115 (whoever closes it gives up the lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise ProgramError(
+                    f"{path.parent}: another program works on this run: let it end"
+                ) from None
+            print(f"{path}: another program is fetching it, waiting for that one")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_at(lock, name):
+            return lock
+        lock.close()  # of a file that its holder has removed
 
 
 def _is_at(lock, name):
-    """Say so if the open file `lock` is what `name` is: who held it has removed it."""
+    """Return whether the open file `lock` is still the one that `name` names."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), os.stat(name))
     except FileNotFoundError:
@@ -740,12 +735,12 @@ def _receive(url, part, size):
         elif not span.startswith(f"bytes {have}-"):
             raise requests.RequestException("other bytes than those asked for")
         length = re.fullmatch("[0-9]{1,15}", given.get("Content-Length", ""))
-        total = have + int(length[0]) if length else None
-        if size and total not in (None, size):
+        total = have + int(length[0]) if length else size
+        if size and total != size:
             raise SourceError(f"{total:,} bytes long there, not {size:,}")
-        if (total or 0) > limit:
+        if total and total > limit:
             raise SourceError(f"{total:,} bytes long there, more than {limit:,}")
-        need_space(part.parent, (total or size or 0) - have, part.stem)
+        need_space(part.parent, (total or 0) - have, part.stem)
         bar = tqdm(desc=part.stem, total=total, initial=have, unit="B", **BAR)
         began, before = time.monotonic(), have
         with open(part, "ab" if have else "wb") as file, bar:
@@ -758,24 +753,23 @@ def _receive(url, part, size):
                     if have - before < SLOWEST * WINDOW:
                         raise requests.Timeout(f"under {SLOWEST} bytes a second")
                     began, before = time.monotonic(), have
-        if have > limit:
-            part.unlink()
-            raise SourceError(f"more than {limit:,} bytes come")
-        if have < (size or 0):
-            raise requests.RequestException(f"it ended after {have:,} bytes")
+    if have > limit:
+        part.unlink()
+        raise SourceError(f"more than {limit:,} bytes come")
+    if size and have < size:
+        raise requests.RequestException(f"it ended after {have:,} bytes")
 
 
 def _fetch(url, part, size):
     """Fill `part` from `url`, in as many requests as it takes."""
     connected, failures, reached = False, 0, _length(part)
     problems = requests.RequestException, urllib3.exceptions.HTTPError, ValueError
-    began = time.monotonic()
     while True:
+        began = time.monotonic()
         try:
             return _receive(url, part, size)
         except problems as error:
-            response = getattr(error, "response", None)
-            status = 0 if response is None else response.status_code
+            status = getattr(getattr(error, "response", None), "status_code", 0)
             if status == 416:  # more than there is
                 part.unlink(missing_ok=True)
             gain = _length(part) - reached  # further than ever: no endless circle
@@ -783,14 +777,13 @@ def _fetch(url, part, size):
             reached += max(gain, 0)
             failures = failures + 1 if slow or gain <= 0 else 0
             connected = connected or not isinstance(error, requests.ConnectionError)
-            hopeless = 400 <= status < 500 and status not in (408, 416, 429)
-            hopeless = hopeless or isinstance(error, ValueError)
+            refused = 400 <= status < 500 and status not in (408, 416, 429)
+            hopeless = refused or isinstance(error, ValueError)
             if hopeless or failures > (len(PAUSES) if connected else 1):
                 cause = error.args[0] if error.args else error
                 cause = cause if isinstance(cause, Exception) else error
                 cause = str(getattr(cause, "reason", cause)).rpartition(">: ")[2]
                 raise SourceError(cause) from error
-            began = time.monotonic()
             time.sleep(PAUSES[max(failures - 1, 0)])
 
 
@@ -807,35 +800,38 @@ def download(urls, path, size=None, md5=None, source=None):
         return False
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns with tracebacks
     part = path.with_name(path.name + ".part")
-    reasons = []
+    message = f"{path} could not be downloaded:"
     with locked(path):
-        for url in () if path.exists() else urls:
+        if path.exists():  # another program has fetched it
+            return False
+        for url in urls:
             print(f"downloading {url}")
             try:
                 if not size or _length(part) != size:
                     _fetch(url, part, size)
-                with open(part, "rb+") as file:
-                    found = hashlib.file_digest(file, "md5").hexdigest() if md5 else md5
-                    os.fsync(file.fileno())  # no power cut leaves half of it as whole
-                if _length(part) == (size or _length(part)) and found == md5:
-                    if path.exists():  # someone was faster by hand: theirs stays
-                        part.unlink()
-                        return False
-                    os.replace(part, path)
-                    return True
-                wrong = f"{_length(part)} bytes with md5 {found}, not {size} with {md5}"
-                part.unlink()
-                raise SourceError(f"a wrong file, removed: {wrong}")
+                _check_sum(part, md5)
             except SourceError as error:
-                reasons.append(f"  {url}: {first_line(error)}")
+                message += f"\n  {url}: {first_line(error)}"
                 if not md5 and url != urls[-1]:
                     part.unlink(missing_ok=True)  # nothing shows that the next fits on
-    if reasons:
-        raise ProgramError(
-            "\n".join([f"{path} could not be downloaded:", *reasons])
-            + _by_hand(path, source or urls[0])
-        )
-    return False
+                continue
+            if path.exists():  # someone was faster by hand: theirs stays
+                part.unlink()
+                return False
+            os.replace(part, path)
+            return True
+    raise ProgramError(message + _by_hand(path, source or urls[0]))
+
+
+def _check_sum(part, md5):
+    """See `part` onto the disk; raise SourceError, without it, if its sum is not `md5`."""
+    flush_file(part)  # no power cut leaves half of it as whole
+    if md5:
+        with open(part, "rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+        if found != md5:
+            part.unlink()
+            raise SourceError(f"a wrong file, removed: its md5 is {found}, not {md5}")
 
 
 def _by_hand(path, source):
@@ -889,21 +885,17 @@ def _unpack(archive, folder):
     """
     source = f'{KITTI_PAGE}, "Download base kit"'
     ours = download(KITTI_URLS, archive, source=source)
+    advice = "replace it, or remove it and let the program download it"
+    if ours:
+        advice = "damaged and removed: start the program again to download it, or"
+        advice += _by_hand(archive, source)
     try:
-        with zipfile.ZipFile(archive) as content:
-            entries = _data_set(content)
-    except Exception as error:  # zipfile and its decoders raise what they like
-        reason = first_line(error) or type(error).__name__
-        if not ours:
-            raise ProgramError(
-                f"{archive}: not a zip of KITTI Road ({reason}): replace "
-                "it, or remove it and let the program download it"
-            ) from error
-        archive.unlink()
-        raise ProgramError(
-            f"{archive} was damaged ({reason}) and is removed: start the "
-            "program again to download it, or" + _by_hand(archive, source)
-        ) from error
+        with blaming(archive, "a zip of KITTI Road", advice):
+            entries = _data_set(archive)
+    except ProgramError:
+        if ours:
+            archive.unlink()
+        raise
     unpacked = sum(entry.file_size for entry in entries)
     need_space(archive.parent, unpacked, f"unpacking {archive.name}")
     with written(folder) as part, zipfile.ZipFile(archive) as content:
@@ -913,7 +905,7 @@ def _unpack(archive, folder):
         archive.unlink()
 
 
-def _data_set(content):
+def _data_set(archive):
     """Return the entries of a zip that are KITTI Road, named from its root.
 
     That is where training/image_2 is: at the top, or in one folder. All of the zip is
@@ -921,12 +913,14 @@ def _data_set(content):
     later is the disk's fault. Names that lead elsewhere or steer a terminal, and links,
     are left out.
     """
-    entries, found = content.infolist(), {}
-    size = sum(entry.file_size for entry in entries)
-    if len(entries) > MAX_ENTRIES or size > MAX_UNPACKED:
-        raise zipfile.BadZipFile(f"{len(entries):,} entries of {size:,} bytes")
-    if damaged := content.testzip():
-        raise zipfile.BadZipFile(f"bad CRC or header of {damaged}")
+    with zipfile.ZipFile(archive) as content:
+        entries = content.infolist()
+        size = sum(entry.file_size for entry in entries)
+        if len(entries) > MAX_ENTRIES or size > MAX_UNPACKED:
+            raise zipfile.BadZipFile(f"{len(entries):,} entries of {size:,} bytes")
+        if damaged := content.testzip():
+            raise zipfile.BadZipFile(f"bad CRC or header of {damaged}")
+    found = {}
     for entry in entries:
         name, link = entry.filename, entry.external_attr >> 28 == 0xA  # of its mode
         plain = name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
@@ -938,9 +932,9 @@ def _data_set(content):
     root = known[0] if known else "".join(roots)
     if root not in roots:
         raise zipfile.BadZipFile(f"{len(roots)} folders training/image_2 with images")
-    for name in found:
-        if any(parent.as_posix() in found for parent in Path(name).parents):
-            raise zipfile.BadZipFile("a file and a folder have one name")
+    parents = {parent.as_posix() for name in found for parent in Path(name).parents}
+    if parents & found.keys():
+        raise zipfile.BadZipFile("a file and a folder have one name")
     entries = [entry for name, entry in found.items() if name.startswith(root)]
     for entry in entries:
         entry.filename = entry.filename.removeprefix(root)
