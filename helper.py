@@ -2764,8 +2764,7 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">{head}<style>
 :root {{ color-scheme: light dark; --dim: color-mix(in srgb, CanvasText 66%, Canvas);
-  --faint: color-mix(in srgb, CanvasText 14%, Canvas); --running: #0067b8;
-  --stopped: #8a5a00; --failed: #b3261e; --finished: #1b7a3d;
+  --faint: color-mix(in srgb, CanvasText 14%, Canvas);
   --c0: #0067b8; --c1: #c8500a; --c2: #1b7a3d; --c3: #a12a8a }}
 @media (prefers-color-scheme: dark) {{ :root {{ --c0: #5db2ff; --c1: #ff9a57;
   --c2: #5fd08a; --c3: #f08bdc }} }}
@@ -2777,8 +2776,8 @@ p {{ margin: .4rem 0; max-width: 48rem }} small, .dim {{ color: var(--dim) }}
 small {{ font-size: .85rem; line-height: 1.35 }} dl, dd, figure {{ margin: 0 }}
 .state {{ font-size: 1rem; font-weight: 600; color: #fff; padding: .1rem .7rem;
   border-radius: 1rem; white-space: nowrap; vertical-align: middle }}
-.running {{ background: var(--running) }} .stopped {{ background: var(--stopped) }}
-.failed {{ background: var(--failed) }} .finished {{ background: var(--finished) }}
+.running {{ background: #0067b8 }} .stopped {{ background: #8a5a00 }}
+.failed {{ background: #b3261e }} .finished {{ background: #1b7a3d }}
 .cards, .facts, .pictures, .charts {{ display: grid; gap: 1rem }}
 .cards {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr));
   margin: 1rem 0 }}
@@ -2808,19 +2807,11 @@ th, td {{ text-align: right; padding: .2rem .5rem; vertical-align: top;
   border-bottom: 1px solid var(--faint); font-variant-numeric: tabular-nums }}
 th {{ font-weight: 600 }} th:first-child, .left {{ text-align: left }}
 .damaged td {{ color: var(--dim); background: #8883 }}
-.wide {{ overflow-x: auto; overflow-wrap: normal; background:
-  linear-gradient(90deg, Canvas 40%, transparent) left / 3rem 100% no-repeat local,
-  linear-gradient(270deg, Canvas 40%, transparent) right / 3rem 100% no-repeat local,
-  linear-gradient(90deg, #888a, transparent) left / .8rem 100% no-repeat,
-  linear-gradient(270deg, #888a, transparent) right / .8rem 100% no-repeat }}
+.wide {{ overflow-x: auto; overflow-wrap: normal }}
 .hint {{ display: none }}
-.runs th, .runs td {{ white-space: nowrap }}
-.runs td.text {{ white-space: normal; overflow-wrap: break-word; min-width: 11rem }}
+.runs th, .runs td {{ white-space: nowrap; text-align: left }}
+.runs td:last-child {{ white-space: normal; min-width: 11rem }}
 @media (max-width: 70rem) {{ .hint {{ display: block }} }}
-@media (max-width: 44rem) {{ .scores tr {{ display: grid; border-bottom: 1px solid
-  var(--faint); grid-template-columns: 6rem repeat(var(--columns), 1fr) }}
-  .scores th, .scores td {{ border: 0; padding: .15rem .2rem }}
-  .scores .left {{ grid-column: 1 / -1 }} }}
 svg text {{ font-size: 13px; fill: currentColor }} .end {{ text-anchor: end }}
 .middle {{ text-anchor: middle }} .grid {{ stroke: var(--faint) }}
 .best {{ fill: color-mix(in srgb, CanvasText 13%, transparent) }}
@@ -2847,6 +2838,12 @@ def shown(value):
     words = {None: "none", True: "yes", False: "no"}
     known = value is None or isinstance(value, bool)
     return html.escape(words[value] if known else str(value))
+
+
+def fact(name, value, kind=""):
+    """Return a line of a list of facts, in HTML."""
+    kind = f' class="{kind}"' if kind else ""
+    return f"<div{kind}><dt>{name}</dt><dd>{value}</dd></div>"
 
 
 def link(path, folder):
@@ -2911,21 +2908,22 @@ class Axis(NamedTuple):
         return [f"{tick:.{digits}f}" for tick in self.ticks]
 
 
+ROUND = [digit * 10.0**power for power in range(-12, 60) for digit in (1, 2, 5)]
+
+
 def value_axis(title, values, log=False):
     """Return the Axis of two to eight round ticks that encloses `values`."""
-    low, high = min(values), max(values)
+    low, high = max(min(values), 1e-9) if log else min(values), max(values)
     if log:
-        nice = [m * 10.0**k for k in range(-9, 60) for m in (1, 2, 5)]
-        first = max(np.searchsorted(nice, low, "right") - 1, 0)
-        last = min(max(np.searchsorted(nice, high), first + 1), len(nice) - 1)
+        first = np.searchsorted(ROUND, low, "right") - 1
+        last = max(np.searchsorted(ROUND, high), first + 1)
         every = 1
         if last - first > 7:  # whole decades
             first, every = first - first % 3, 3 * -(-(last - first) // 18)
-        ticks = nice[first : last + every : every]
+        ticks = ROUND[first : last + every : every]
     else:
         span = high - low or abs(high) or 1
-        nice = (m * 10.0**k for k in itertools.count(-10) for m in (1, 2, 5))
-        step = next(tick for tick in nice if tick >= 0.999 * span / 5)
+        step = next(step for step in ROUND if step >= 0.999 * span / 5)
         first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
         ticks = [step * k for k in range(first, max(last, first + 1) + 1)]
     return Axis(title, ticks, ticks[0], ticks[-1], log)
@@ -2939,23 +2937,23 @@ def plot(title, lines, across, up, marks=(), best=None):
     """
     left, top, right, bottom = 62, 26, 464, 220
     text = '<text x="{:.0f}" y="{:.0f}" class="{}">{}</text>'.format
-    parts, colours = [], {name: f"c{index % 5}" for index, name in enumerate(lines)}
+    colours = {name: f"c{index % 5}" for index, name in enumerate(lines)}
+    parts = []
     if best is not None:
         x = float(across.place(best, left, right))
         half = np.clip(0.4 * (right - left) / (across.high - across.low), 5, 26)
         box = f'x="{x - half:.1f}" y="{top}" width="{2 * half:.1f}"'
         parts.append(f'<rect class="best" {box} height="{bottom - top}"/>')
-        words = f"best: {best}"
-        parts.append(text(np.clip(x, 95, 440), top - 8, "middle", words))
+        parts.append(text(np.clip(x, 95, 440), top - 8, "middle", f"best: {best}"))
     for y, label in zip(up.place(up.ticks, bottom, top), up.labels()):
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
         parts.append(text(left - 7, y + 4, "end", label))
     for x, label in zip(across.place(across.ticks, left, right), across.labels()):
         parts.append(text(x, bottom + 18, "middle", label))
     parts.append(text(right, bottom + 38, "end", across.title))
-    inside = f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"'
-    box = f"{left} {top} {right - left} {bottom - top}"
-    parts.append(f'<svg {inside} viewBox="{box}">')
+    width, height = right - left, bottom - top
+    inside = f'x="{left}" y="{top}" width="{width}" height="{height}"'
+    parts.append(f'<svg {inside} viewBox="{left} {top} {width} {height}">')
     for name, line in lines.items():
         x, y = np.reshape(line, (-1, 2)).T
         x, y = across.place(x, left, right), up.place(y, bottom, top)
@@ -2980,8 +2978,7 @@ def plot(title, lines, across, up, marks=(), best=None):
 def chart(title, lines, best, log=False):
     """Return a figure of {name: [(epoch, value), ...]}, few points with dots."""
     last = max(epoch for line in lines.values() for epoch, _ in line)
-    steps = (m * 10**k for k in itertools.count() for m in (1, 2, 5))
-    step = next(step for step in steps if step >= last / 8)
+    step = next(int(step) for step in ROUND if step >= max(last / 8, 1))
     ticks = sorted({1, *range(step, last + 1, step)})
     across = Axis("epoch", ticks, 0.5, last + 0.5)
     up = value_axis("", [value for line in lines.values() for _, value in line], log)
@@ -3001,14 +2998,14 @@ def recall_chart(curves, kinds):
     measures}; where nothing is found there is no precision, hence no point.
     """
     lines, marks = {}, []
-    for kind in (kind for kind in kinds if kind in curves):
-        recall, precision, threshold = (
-            kinds[kind][name] for name in ("REC", "PRE", "threshold")
-        )
-        name = f"{kind}, dot at {threshold:.1f} %"
-        lines[name] = [point for point in curves[kind] if point[0] > 0]
-        marks.append((recall, precision, name, name))
-    worst = min(min(mark[:2]) for mark in marks)
+    for kind, measures in kinds.items():
+        if kind in curves:
+            name = f"{kind}, dot at {measures['threshold']:.1f} %"
+            lines[name] = [point for point in curves[kind] if point[0] > 0]
+            marks.append((measures["REC"], measures["PRE"], name, name))
+    worst = min(
+        value for recall, precision, *_ in marks for value in (recall, precision)
+    )
     low = max(100 - 3 * max(100 - worst, 1), 0)  # the marks in the middle
     recall = value_axis("recall, percent", (low, 100))
     precision = value_axis("precision, percent", (low, 100))
@@ -3019,9 +3016,8 @@ def cards(record):
     """Return the largest figures of a run: [(name, value, explanation), ...]."""
     measures, source = best_measures(record)
     done, epochs = len(record["history"]), record["config"]["epochs"]
-    maxf, iou = (
-        f"{measures[name]:.2f} %" if measures else "–" for name in ("MaxF", "IoU")
-    )
+    maxf = f"{measures['MaxF']:.2f} %" if measures else "–"
+    iou = f"{measures['IoU']:.2f} %" if measures else "–"
     threshold = "at MaxF's threshold" if "AP" in measures else "at 50 %"
     best = "that of the largest MaxF" if measures else "the last, without hold-out"
     best += f"; {done} of {epochs} done"
@@ -3038,15 +3034,15 @@ def cards(record):
 def headline(run_dir, record):
     """Return what one wants to know first, as a list of HTML."""
     state, device = state_of(record), record["device"]
-    many = [f"{device[name]} {name}" for name in ("replicas", "workers")]
-    many = [words for words in many if not words.startswith("1 ")]
+    several = [n for n in ("replicas", "workers") if device[n] != 1]
     counts = [f"{count} {name}" for name, count in record["data"].items()]
     facts = {
-        "Started": record.get("started", ""),
-        "Updated": record.get("updated", ""),
-        "Device": ", ".join([device["name"], *many]),
+        "Started": record.get("started"),
+        "Updated": record.get("updated"),
+        "Device": ", ".join([device["name"], *(f"{device[n]} {n}" for n in several)]),
         "Images": ", ".join(counts).replace("holdout", "hold-out"),
         "Resumed at step": ", ".join(map(str, record["resumed"])),
+        "Command": record.get("command"),
     }
     name = shown(run_dir.name)
     body = [f'<h1>{name} <span class="state {state}">{state}</span></h1>']
@@ -3057,75 +3053,66 @@ def headline(run_dir, record):
         body.append(f"<small>This page reloads itself every {RELOAD} s.</small>")
     body.append("</p>")
     if state in ("stopped", "failed"):
-        command = f"python main.py --resume {shlex.quote(str(run_dir))}"
-        body.append(f"<p>To go on with it: <code>{html.escape(command)}</code></p>")
+        again = html.escape(command("--resume", run_dir))
+        body.append(f"<p>To go on with it: <code>{again}</code></p>")
     body.append('<dl class="cards">')
     for name, value, why in cards(record):
-        value = f"{shown(value)}<small>{html.escape(why)}</small>"
-        body.append(f"<div><dt>{name}</dt><dd>{value}</dd></div>")
+        body.append(fact(name, f"{shown(value)}<small>{html.escape(why)}</small>"))
     body.append('</dl><dl class="facts">')
     for name, value in facts.items():
         if value:
-            body.append(f"<div><dt>{name}</dt><dd>{shown(value)}</dd></div>")
-    if command := record.get("command"):
-        command = f"<code>{shown(command)}</code>"
-        body.append(f'<div class="all"><dt>Command</dt><dd>{command}</dd></div>')
+            kind = "all" if name == "Command" else ""  # as wide as the page
+            body.append(fact(name, shown(value), kind))
     return [*body, "</dl>"]
 
 
 def score_section(record):
     """Return the hold-out's measures, explained, and its precision-recall curve."""
-    body, planes = (
-        [],
-        {plane: kinds for plane, kinds in record["scores"].items() if kinds},
-    )
+    planes = {plane: kinds for plane, kinds in record["scores"].items() if kinds}
+    body = []
     for plane, kinds in planes.items():
         body.append(f"<h2>Hold-out scores, {PLANES[plane]}</h2>")
         body.append(f"<p>{PLANE_NOTES[plane]} In percent.</p>")
-        columns = f'style="--columns: {len(kinds)}"'
         heads = "".join(f"<th>{shown(kind)}</th>" for kind in kinds)
-        body.append(f'<table class="scores" {columns}><tr><th></th>{heads}</tr>')
+        body.append('<div class="wide"><table class="scores">')
+        body.append(f"<tr><th></th>{heads}</tr>")
         for name in next(iter(kinds.values())):
             digits = 0 if name == "images" else 2
-            values = [f"{measures[name]:.{digits}f}" for measures in kinds.values()]
-            cells = "".join(f"<td>{value}</td>" for value in values)
-            why = MEASURES.get(name, "") if plane == next(iter(planes)) else ""
-            why = f'<td class="left dim">{why}</td>' if why else ""
-            body.append(f"<tr><th>{shown(name)}</th>{cells}{why}</tr>")
-        body.append("</table>")
+            values = [measures[name] for measures in kinds.values()]
+            cells = "".join(f"<td>{value:.{digits}f}</td>" for value in values)
+            if plane == "image":  # explained once
+                cells += f'<td class="left dim">{MEASURES.get(name, "")}</td>'
+            body.append(f"<tr><th>{shown(name)}</th>{cells}</tr>")
+        body.append("</table></div>")
     curves, kinds = record.get("curves") or {}, planes.get("image", {})
     if curves.keys() & kinds.keys():
-        body.append("<h2>Precision and recall, image plane</h2><p>Each point is a")
         body.append(
-            "threshold: a lower one finds more road, and more that is none. The"
+            "<h2>Precision and recall, image plane</h2><p>Each point is a threshold: a "
+            "lower one finds more road, and more that is none. The dot is MaxF's.</p>"
         )
-        body.append("dot is MaxF's.</p>")
         body.append(f'<div class="charts">{recall_chart(curves, kinds)}</div>')
     return body
 
 
+CHARTS = (  # title, {line: what it shows of an epoch's record}, whether up is log
+    ("Loss, nats a pixel, log", {"training": "loss", "hold-out": "holdout_loss"}, True),
+    ("Hold-out, percent", {"MaxF": "MaxF", "IoU at 50 %": "IoU"}, False),
+    ("Learning rate", {"decoder": "learning_rate"}, False),
+    ("Gradient norm, log", {"before clipping": "gradient_norm"}, True),
+)
+
+
 def training_section(record):
     """Return the curves over the epochs; the best one has a band."""
-    charts, history = [], record["history"]
-    for title, fields, log in (
-        (
-            "Loss, nats a pixel, log",
-            {"training": "loss", "hold-out": "holdout_loss"},
-            1,
-        ),
-        ("Hold-out, percent", {"MaxF": "MaxF", "IoU at 50 %": "IoU"}, 0),
-        ("Learning rate", {"decoder": "learning_rate"}, 0),
-        ("Gradient norm, log", {"before clipping": "gradient_norm"}, 1),
-    ):
-        lines = {
-            name: [
-                (epoch["epoch"], epoch[field]) for epoch in history if field in epoch
-            ]
-            for name, field in fields.items()
-        }
-        lines = {name: line for name, line in lines.items() if line}
+    charts = []
+    for title, fields, log in CHARTS:
+        lines = {}
+        for name, field in fields.items():
+            known = [epoch for epoch in record["history"] if field in epoch]
+            if known:
+                lines[name] = [(epoch["epoch"], epoch[field]) for epoch in known]
         if lines:
-            charts.append(chart(title, lines, record["best_epoch"], bool(log)))
+            charts.append(chart(title, lines, record["best_epoch"], log))
     head = '<h2>Training</h2><p class="dim">The band is the best epoch; the hold-out is'
     head += " measured at the network's size here.</p>"
     return [head, '<div class="charts">', *charts, "</div>"]
@@ -3146,7 +3133,7 @@ def picture(path, run_dir, target=None):
 
 def error_section(run_dir, record):
     """Return the hold-out's images, the worst first, each beside its errors."""
-    body = ['<h2>Hold-out, from worst to best</h2><p class="key-line">']
+    body = ["<h2>Hold-out, from worst to best</h2><p>"]
     stripes = "repeating-linear-gradient(135deg, #333 0 3px, #999 3px 6px)"
     for words, background in (
         ("missed road", f"rgb{MISSED}"),
@@ -3198,14 +3185,15 @@ def settings_section(record):
         real = record["device"].get(name, config[name])  # of precision and xla
         if real != config[name]:
             value += f", here {shown(real)}"
+        kind = ""
         if name in changed:
             value = f"<b>{value}</b> <small>default {shown(defaults[name])}</small>"
-        dim = ' class="dim"' if defaults and name not in changed else ""
-        body.append(f"<div{dim}><dt>{shown(name)}</dt><dd>{value}</dd></div>")
+        elif defaults:
+            kind = "dim"
+        body.append(fact(shown(name), value, kind))
     body.append('</dl><h2>Versions</h2><dl class="facts">')
     for name, value in record["versions"].items():
-        row = f"<dt>{shown(name)}</dt><dd>{shown(value)}</dd>"
-        body.append(f'<div class="dim">{row}</div>')
+        body.append(fact(shown(name), shown(value), "dim"))
     return [*body, "</dl>"]
 
 
@@ -3228,10 +3216,9 @@ def report(run_dir, record):
     return page(f"Run {run_dir.name}: {state_of(record)}", body, head)
 
 
-COLUMNS = (  # of the overview, and their style
-    dict.fromkeys(("Run", "State", "Started"), "left")
-    | dict.fromkeys(("MaxF", "IoU", "Epochs", "Batch", "Input"), "")
-    | {"Start": "left", "Duration": "", "Other settings": "left text"}
+COLUMNS = (  # of the overview
+    *("Run", "State", "Started", "MaxF", "IoU", "Epochs", "Batch", "Input", "Start"),
+    *("Duration", "Other settings"),
 )
 NO_REMARK = {"epochs", "batch_size", "image_height", "image_width", "vgg", "weights"}
 NO_REMARK |= {"data_dir", "runs_dir", "resume"}  # where, not how
@@ -3251,10 +3238,8 @@ def overview_row(path):
         f'<a href="{link(path / "index.html", path.parent)}">{shown(path.name)}</a>',
         f'<span class="state {state}">{state}</span>',
         shown(started[:16]),
-        *(
-            f"{unsure}{measures[name]:.2f}" if measures else ""
-            for name in ("MaxF", "IoU")
-        ),
+        f"{unsure}{measures['MaxF']:.2f}" if measures else "",
+        f"{unsure}{measures['IoU']:.2f}" if measures else "",
         shown(done if done == config["epochs"] else f"{done} of {config['epochs']}"),
         shown(config["batch_size"]),
         shown(f"{config['image_width']}x{config['image_height']}"),
@@ -3275,7 +3260,8 @@ def overview(runs_dir):
             with blaming(path / "run.json", "the record of a run", "remove it"):
                 started, cells = overview_row(path)
         except ProgramError:
-            started, cells = "", [shown(path.name), "damaged", *[""] * 9]
+            started, cells = "", [shown(path.name), "damaged"]
+            cells += [""] * (len(COLUMNS) - len(cells))
         # a folder is named for its second, unless somebody renamed it
         time = re.sub(r"\D", "", started or path.name)[:14]
         rows.append((time, path.name, cells))
@@ -3288,12 +3274,9 @@ def overview(runs_dir):
         body.append(f"<br><b>{name}</b>: {MEASURES[name]}.")
     body.append('</p><p class="hint">The table scrolls sideways.</p>')
     body.append('<div class="wide"><table class="runs"><tr>')
-    body.append(
-        "".join(f'<th class="{kind}">{name}</th>' for name, kind in COLUMNS.items())
-    )
+    body += [f"<th>{name}</th>" for name in COLUMNS]
     for _, _, cells in rows:
         body.append(f'</tr><tr class="{"damaged" if "damaged" in cells else ""}">')
-        for cell, kind in zip(cells, COLUMNS.values()):
-            body.append(f'<td class="{kind}">{cell}</td>')
+        body += [f"<td>{cell}</td>" for cell in cells]
     body.append("</tr></table></div>")
     return page("Runs", body)
