@@ -227,6 +227,8 @@ def be_a_program(main):
         setattr(sys, name, Stream(stream))
     heed_signals(interrupt)
     warnings.filterwarnings("ignore")  # of Keras and Pillow: the program speaks itself
+    if not ASKED_TO_SPEAK:  # TensorFlow takes threads that wait for a trace for traces
+        tf.get_logger().setLevel(logging.ERROR)
     sys.exit(main())
 
 
@@ -2092,7 +2094,12 @@ def read_run(run_dir):
     path = run_dir / "run.json"
     with blaming(path, "the record of a run", "name another folder"):
         record = {"trained": False, "seconds": 0.0, **json.loads(path.read_text())}
-        kinds = {"finished": bool, "trained": bool, "seconds": float, "config": dict}
+        kinds = {
+            "finished": bool,
+            "trained": bool,
+            "seconds": (int, float),
+            "config": dict,
+        }
         kinds |= {"data": dict, "history": list, "resumed": list}
         for name, kind in kinds.items():
             if not isinstance(record.get(name), kind):
