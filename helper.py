@@ -55,12 +55,22 @@ ASKED_TO_SPEAK = "TF_CPP_MIN_LOG_LEVEL" in os.environ  # by the user
 REMARKS = []  # what TensorFlow said of itself, for when a GPU cannot be used
 
 
+def open_standard_streams():
+    """Open those that are closed on nothing: no other file may get their number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+
+
 @contextlib.contextmanager
 def quietly():
     """Keep what TensorFlow writes to stderr of itself, unless something fails inside.
 
     It does so before its log has a level, so TF_CPP_MIN_LOG_LEVEL does not help.
     """
+    open_standard_streams()
     if ASKED_TO_SPEAK:
         yield
         return
@@ -216,11 +226,7 @@ class Stream:
 
 def be_a_program(main):
     """Run `main` as a program: mind streams and signals, exit with its code."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # closed: no other file may get this number
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    open_standard_streams()
     for name in "stdout", "stderr":
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -318,7 +324,7 @@ def noting_signals(workers):
         return
     inbox, outbox = socket.socketpair()
     outbox.setblocking(False)
-    watch = threading.Thread(target=watch_signals, args=(inbox, stop))
+    watch = threading.Thread(target=watch_signals, args=(inbox, stop), daemon=True)
     watch.start()
     before = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
     try:
@@ -603,7 +609,8 @@ def largest_batch(model, image_shape, replicas):
     image = keras.KerasTensor((1, *image_shape, 3), "uint8")
     outputs = keras.Model(model.input, [layer.output for layer in model.layers])
     sizes = [np.prod(x.shape) * tf.as_dtype(x.dtype).size for x in outputs(image)]
-    return max(int((room - 8 * model.count_params()) / sum(sizes) / 1.5), 0) * replicas
+    fits = (room - 8 * model.count_params()) / sum(sizes) / 1.5
+    return int(np.clip(fits, 0, 10**6)) * replicas  # where nothing tells, inf is free
 
 
 @contextlib.contextmanager
@@ -1192,6 +1199,9 @@ def find_images(data_dir, holdout_fraction=0.1667, submission=False):
 
 def check_tests(tests, folder, submission):
     """Raise ProgramError for a test image that would fail after hours of training."""
+    for first, second in itertools.pairwise(sorted(tests, key=lambda path: path.stem)):
+        if first.stem == second.stem:  # their overlays would meet
+            raise ProgramError(f"{first} and {second}: rename one of them")
     in_parallel(read_image, tests, "looking at the test images")
     missing = [path for path in tests if submission and read_homography(path) is None]
     if submission and not tests:
@@ -2120,6 +2130,11 @@ def check_epoch(epoch, number):
             raise ValueError(f"history: {name} of epoch {number} is {value!r}")
 
 
+def has_weights(run_dir):
+    """Return whether weights of this very run are there to go on from."""
+    return read_run(run_dir)["trained"] or bool(find_checkpoints(run_dir))
+
+
 def is_finished(run_dir):
     """Say so if the run in `run_dir` needs no resuming."""
     if not read_run(run_dir)["finished"]:
@@ -2221,7 +2236,7 @@ class Run:
     @property
     def resumes(self):
         """Whether weights of this very run are there to go on from."""
-        return self.record["trained"] or bool(find_checkpoints(self.config.resume))
+        return bool(self.config.resume) and has_weights(self.config.resume)
 
     def take_up(self):
         """Take over the record of the run that is resumed."""
@@ -2286,7 +2301,8 @@ class Run:
                 f"{self.path} is at step {step} of --epochs' {total_steps}: raise "
                 "--epochs"
             )
-        self.device.agree(self.shared_facts(step))
+        if self.device.workers > 1:
+            self.device.agree(self.shared_facts(step))
         if self.config.resume:
             print(f"resumed at step {step} of {total_steps}")
         if self.device.chief:
@@ -2346,7 +2362,7 @@ class Run:
                 self.write_best()
                 self.record["trained"] = True
                 self.write()
-        if self.stop.is_set():
+        if self.stop.signum is not None:
             raise Stopped(self.stop.signum)
 
     def end_epoch(self, score, epoch):
@@ -2466,7 +2482,7 @@ class Run:
             self.wait_for_writer()
         there = (self.path / WEIGHTS).exists() or find_checkpoints(self.path)
         if not (self.config.resume or there):
-            shutil.rmtree(self.path)
+            shutil.rmtree(self.path, ignore_errors=True)
             write_overview(self.path.parent)
             return
         if self.begun:

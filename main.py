@@ -608,7 +608,7 @@ def train_nn(
 def prepare(config):
     """Return the Split of the data and VGG-16's path; download or draw what lacks."""
     vgg_path = config.vgg
-    if config.weights or helper.find_checkpoints(config.resume):
+    if config.weights or (config.resume and helper.has_weights(config.resume)):
         vgg_path = "random"  # until replaced
     elif vgg_path not in ("downloaded", "random") and not Path(vgg_path).is_file():
         raise ProgramError(f"{vgg_path}: not a file: correct --vgg")

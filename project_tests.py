@@ -2943,6 +2943,31 @@ class Damaged(Program):
                 self.assertEqual((code, errors), (0, ""))
                 self.assertRegex(output, "without .*: .*Input/output error")
 
+    def test_a_run_that_is_trained_goes_on_with_scoring_and_needs_no_vgg(self):
+        vgg = self.folder / "vgg.h5"
+        vgg.touch()
+        gone = mock.Mock(side_effect=OSError(5, "Input/output error"))
+        with mock.patch.object(helper, "score_holdout", gone):
+            self.assert_line(self.main("--vgg", vgg), "Input/output error")
+        vgg.unlink()
+        code, output, errors = self.resume()
+        self.assertEqual((code, errors), (0, ""))
+        self.assertIn("resumed at step 6 of 6", output)
+
+    def test_two_test_images_of_one_name_are_refused(self):
+        folder = self.folder / "data/data_road/testing/image_2"
+        shutil.copy(folder / "um_000000.png", folder / "um_000000.jpg")
+        self.assert_line(self.main("--epochs", 0), "um_000000.png: rename one of them")
+
+    def test_a_closed_standard_error_stops_nothing(self):
+        command = f"{sys.executable} {main.__file__} --help 2>&-"
+        environment = {k: v for k, v in os.environ.items() if k[:6] != "TF_CPP"}
+        done = subprocess.run(
+            command, shell=True, check=False, capture_output=True, env=environment
+        )
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(b"--epochs", done.stdout)
+
     def test_other_images_of_the_same_number_are_noticed(self):
         self.stopped(4, self.main)
         folder = self.folder / "data/data_road/training"
