@@ -2308,7 +2308,7 @@ class Run:
         if self.device.chief:
             if self.config.resume:
                 self.note_resuming(step)
-            print(f"the run is in {self.path}; watch {self.path / 'index.html'}")
+            print(f"the run is in {self.path}; watch index.html there")
 
     def make_room(self):
         """Raise ProgramError where the disk is too small for the run."""
@@ -2469,10 +2469,9 @@ class Run:
             best = f", best epoch {epoch} of {self.config.epochs}" if epoch else ""
             words = f"MaxF {measures['MaxF']:.2f}, IoU {measures['IoU']:.2f}"
             print(f"hold-out: {words}{best}")
-        print(
-            f"{count_of(len(self.split.test), 'segmented test image')} and the weights "
-            f"are in {self.path}; look at {self.path / 'index.html'}"
-        )
+        images = count_of(len(self.split.test), "segmented test image")
+        print(f"{images} and the weights are in {self.path}")
+        print(f"look at {self.path / 'index.html'}")
         print(f"your own: {command('--weights', self.path, ' --predict PATH ...')}")
         print(f"train on: {train_on(self.path, self.record)}")
 
