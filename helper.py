@@ -341,7 +341,6 @@ def noting_signals(workers):
 
 VOID = 255
 IMAGES = ".png", ".jpg", ".jpeg"
-BAR = {"unit_scale": True, "disable": None}  # of tqdm: none where there is no terminal
 
 
 @contextlib.contextmanager
@@ -373,6 +372,16 @@ def written(path, flush=False, alone=True):
         clear()
 
 
+def read_ahead(path):
+    """Have the system read a file into its cache while the caller goes on."""
+
+    def read():
+        with contextlib.suppress(OSError):  # whoever opens it then says why
+            shutil.copyfile(path, os.devnull)
+
+    threading.Thread(target=read, daemon=True).start()
+
+
 def flush_file(path):
     """See to it that a file is on the disk, where a power cut leaves it."""
     with open(path, "rb+") as file:
@@ -385,6 +394,67 @@ def remove_folder(path):
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path, wait=True):
+    """Keep other programs off `path`; the system frees the lock with the process.
+
+    Raises ProgramError where nothing can be written beside `path` and, without `wait`,
+    where another program holds the lock.
+    """
+    name = path.with_name(f".{path.name}.lock")
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(name, path, wait) if fcntl else contextlib.nullcontext()
+    except OSError as error:
+        file = isinstance(error, FileExistsError)
+        reason = "a file or a broken link, not a folder" if file else error.strerror
+        raise ProgramError(
+            f"{path.parent}: {reason}: name a folder to write to"
+        ) from error
+    with lock:
+        try:
+            yield
+        finally:
+            if fcntl and _is_at(lock, name):
+                name.unlink()
+
+
+def _lock(name, path, wait):
+    """Return the file `name`, open and locked, which keeps others off `path`."""
+    while True:
+        lock = open(name, "w")  # noqa: SIM115 (whoever closes it gives up the lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise ProgramError(
+                    f"{path.parent}: another program works on this run: let it end"
+                ) from None
+            print(f"{path}: another program is fetching it, waiting for that one")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_at(lock, name):
+            return lock
+        lock.close()  # of a file that its holder has removed
+
+
+def _is_at(lock, name):
+    """Return whether the open file `lock` is still the one that `name` names."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(name))
+    except FileNotFoundError:
+        return False
+
+
+def need_space(folder, size, what):
+    """Raise ProgramError unless `folder`'s disk has `size` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ProgramError(
+            f"{folder}: {what} takes {size / 1e6:,.0f} MB and "
+            f"{free / 1e6:,.0f} MB are free: make room, or choose another folder"
+        )
 
 
 def save_image(pixels, path):
@@ -418,12 +488,12 @@ def ahead(task, items, depth=None, workers=None):
         pool.shutdown(cancel_futures=True)
 
 
-def in_parallel(task, items, title, total=None):
+def in_parallel(task, items, title):
     """Do `task` for every item on all cores, behind a bar; the first error ends it."""
     if not items:
         return
-    total = len(items) if total is None else total
-    for _ in tqdm(ahead(task, items), title, total, unit="image", disable=None):
+    done = ahead(task, items)
+    for _ in tqdm(done, title, len(items), unit="image", disable=None):
         pass
 
 
@@ -593,7 +663,10 @@ def peak_memory():
     """Return the most bytes that this process, or its GPU's memory, has held."""
     if tf.config.list_logical_devices("GPU"):
         return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    if not resource:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def largest_batch(model, image_shape, replicas):
@@ -655,67 +728,6 @@ class SourceError(Exception):
     """Why a source does not deliver a file, however often it is asked."""
 
 
-@contextlib.contextmanager
-def locked(path, wait=True):
-    """Keep other programs off `path`; the system frees the lock with the process.
-
-    Raises ProgramError where nothing can be written beside `path` and, without `wait`,
-    where another program holds the lock.
-    """
-    name = path.with_name(f".{path.name}.lock")
-    try:
-        name.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(name, path, wait) if fcntl else contextlib.nullcontext()
-    except OSError as error:
-        file = isinstance(error, FileExistsError)
-        reason = "a file or a broken link, not a folder" if file else error.strerror
-        raise ProgramError(
-            f"{path.parent}: {reason}: name a folder to write to"
-        ) from error
-    with lock:
-        try:
-            yield
-        finally:
-            if fcntl and _is_at(lock, name):
-                name.unlink()
-
-
-def _lock(name, path, wait):
-    """Return the file `name`, open and locked, which keeps others off `path`."""
-    while True:
-        lock = open(name, "w")  # noqa: SIM115 (whoever closes it gives up the lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise ProgramError(
-                    f"{path.parent}: another program works on this run: let it end"
-                ) from None
-            print(f"{path}: another program is fetching it, waiting for that one")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if _is_at(lock, name):
-            return lock
-        lock.close()  # of a file that its holder has removed
-
-
-def _is_at(lock, name):
-    """Return whether the open file `lock` is still the one that `name` names."""
-    try:
-        return os.path.samestat(os.fstat(lock.fileno()), os.stat(name))
-    except FileNotFoundError:
-        return False
-
-
-def need_space(folder, size, what):
-    """Raise ProgramError unless `folder`'s disk has `size` bytes free for `what`."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise ProgramError(
-            f"{folder}: {what} takes {size / 1e6:,.0f} MB and "
-            f"{free / 1e6:,.0f} MB are free: make room, or choose another folder"
-        )
-
-
 def _length(path):
     return path.stat().st_size if path.exists() else 0
 
@@ -750,7 +762,14 @@ def _receive(url, part, size):
         if total and total > limit:
             raise SourceError(f"{total:,} bytes long there, more than {limit:,}")
         need_space(part.parent, (total or 0) - have, part.stem)
-        bar = tqdm(desc=part.stem, total=total, initial=have, unit="B", **BAR)
+        bar = tqdm(
+            desc=part.stem,
+            total=total,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            disable=None,
+        )
         began, before = time.monotonic(), have
         with open(part, "ab" if have else "wb") as file, bar:
             # read1 gives what is there: a cut loses nothing
@@ -1883,9 +1902,11 @@ def export(predictor, folder):
 
 # ------------------------------------------------------------------------ scores
 
-
 PLANES = {"image": "image plane", "bev": "bird's-eye view"}
 BEV_X, BEV_Z, BEV_CELL = (-10, 10), (6, 46), 0.05  # metres: 800 x 400 cells
+MISSED, FALSE = (230, 60, 0), (0, 110, 255)  # colours of errors
+TRUTH = (255, 225, 0)  # outline of the ground truth
+ERRORS_WIDTH = 576  # pixels of the pictures of errors
 
 
 def need_two_classes(model, what):
@@ -1984,6 +2005,35 @@ def scores(histogram):
         "accuracy": (tp[half] + negatives - fp[half]) / max(negatives + positives, 1),
     }
     return {name: 100 * float(value) for name, value in measures.items()}
+
+
+def error_picture(image, found, label):
+    """Show in uint8 `image` (H, W, 3) where road `found` (H, W) bool is wrong.
+
+    Missed and false road get their colours, void is hatched, and the road of `label`,
+    ids (H, W), has an outline; what is right is left as it is.
+    """
+    picture, truth = image.copy(), label == 1
+    rows, columns = (np.arange(side, dtype=np.uint16) for side in label.shape)
+    stripes = (rows[:, None] + columns) % 8 < 3
+    picture[label == VOID] = picture[label == VOID] // 4 + 96
+    picture[(label == VOID) & stripes] = 60
+    picture[truth & ~found] = MISSED
+    picture[(label == 0) & found] = FALSE
+    picture[truth & ~inner(truth)] = TRUTH
+    return picture
+
+
+def write_errors(path, image, found, label):
+    """Write the overlay and the errors of `found` (H, W), small, for the report."""
+    width = min(ERRORS_WIDTH, label.shape[1])
+    size = max(round(label.shape[0] * width / label.shape[1]), 1), width
+    small = resize_image(image, size).numpy()
+    found = resize_label(found.astype(np.uint8), size).numpy()
+    label = resize_label(label, size).numpy()
+    save_image(overlay(small, found), path.with_name(f"{path.name}.jpg"))
+    errors = error_picture(small, found == 1, label)
+    save_image(errors, path.with_name(f"{path.name}_errors.jpg"))
 
 
 def score_image(predictor, holdout_dir, errors_dir, sample, image, road):
@@ -2174,6 +2224,36 @@ def new_folder(runs_dir, name=None, suffix=""):
             return folder
 
 
+def is_followed(epoch, epochs):
+    """Return whether progress.gif has a frame of an epoch: at most 62 of them have."""
+    return epoch % -(-epochs // 60) == 0 or epoch in (1, epochs)
+
+
+def followed_frame(image, predictor, epoch):
+    """Return what the network makes of `image` (h, w, 3) after an epoch, named."""
+    road = predictor.road(image[None])[0].numpy()
+    frame = Image.fromarray(overlay(image, road))
+    size = max(frame.height // 10, 10)
+    draw = ImageDraw.Draw(frame)
+    draw.text(
+        (6, 2), f"epoch {epoch}", font_size=size, stroke_width=2, stroke_fill="black"
+    )
+    return np.asarray(frame)
+
+
+def write_progress(run_dir):
+    """Make progress.gif of the frames that were kept, 60 of them at most."""
+    paths = find_frames(run_dir)
+    every = -(-len(paths) // 60) or 1
+    paths = paths[::-1][::every][::-1]  # with the last
+    if paths:
+        with written(run_dir / "progress.gif") as part:
+            frames = [Image.open(path).convert("RGB") for path in paths]
+            durations = [400] * (len(frames) - 1) + [2500]  # ms
+            rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
+            frames[0].save(part, duration=durations, **rest)
+
+
 @contextlib.contextmanager
 def open_run(config, classes, split, device):
     """Make a run's folder, or take up config.resume's; yield the Run.
@@ -2225,6 +2305,7 @@ class Run:
         self.saved_at = time.monotonic()  # when a checkpoint was written
         self.saved, self.last = None, 0  # its (step, epoch), its number
         self.written_epoch = None  # that of best.weights.h5
+        self.state = self.predictor = self.stop = None  # until begin and training
         self.writer = ThreadPoolExecutor(1)  # of run.json and the pages
         self.writing = None  # what it is at
 
@@ -2559,13 +2640,6 @@ def check_finite(model):
             raise ValueError(f"{weights.path} is not finite")
 
 
-@contextlib.contextmanager
-def loading(vgg_path):
-    """Say that VGG-16 is being loaded: it takes seconds."""
-    print("building the network" + f", VGG-16 from {vgg_path}" * (vgg_path != "random"))
-    yield
-
-
 def write_weights(model, path, facts):
     """Write the weights of `model` with `facts`, what they are of, all or nothing."""
     size = 4 * model.count_params() + 10**6
@@ -2632,10 +2706,13 @@ def find_checkpoints(run_dir):
         return []
     found = (run_dir / CHECKPOINTS).glob("ckpt-*.index")
     paths = [path.with_suffix("") for path in found]
-    return sorted((p for p in paths if re.fullmatch(r"ckpt-\d+", p.name)), key=number)
+    return sorted(
+        (path for path in paths if re.fullmatch(r"ckpt-\d+", path.name)),
+        key=checkpoint_number,
+    )
 
 
-def number(path):
+def checkpoint_number(path):
     """Return the number of a checkpoint: "ckpt-12" -> 12."""
     return int(path.name.rpartition("-")[2])
 
@@ -2663,7 +2740,7 @@ def restore(state, run_dir):
         try:
             with blaming(path, "a whole checkpoint", "the one before it counts"):
                 state.read(str(path)).assert_consumed()
-            return number(path)
+            return checkpoint_number(path)
         except ProgramError as error:
             print(error)
     raise ProgramError(
@@ -2697,70 +2774,6 @@ def write_checkpoint(state, run_dir, number):
 
 
 # ------------------------------------------------------------------------ report
-
-MISSED, FALSE = (230, 60, 0), (0, 110, 255)  # colours of errors
-TRUTH = (255, 225, 0)  # outline of the ground truth
-ERRORS_WIDTH = 576  # pixels of the pictures of errors
-
-
-def is_followed(epoch, epochs):
-    """Return whether progress.gif has a frame of an epoch: at most 62 of them have."""
-    return epoch % -(-epochs // 60) == 0 or epoch in (1, epochs)
-
-
-def followed_frame(image, predictor, epoch):
-    """Return what the network makes of `image` (h, w, 3) after an epoch, named."""
-    road = predictor.road(image[None])[0].numpy()
-    frame = Image.fromarray(overlay(image, road))
-    size = max(frame.height // 10, 10)
-    draw = ImageDraw.Draw(frame)
-    draw.text(
-        (6, 2), f"epoch {epoch}", font_size=size, stroke_width=2, stroke_fill="black"
-    )
-    return np.asarray(frame)
-
-
-def write_progress(run_dir):
-    """Make progress.gif of the frames that were kept, 60 of them at most."""
-    paths = find_frames(run_dir)
-    every = -(-len(paths) // 60) or 1
-    paths = paths[::-1][::every][::-1]  # with the last
-    if paths:
-        with written(run_dir / "progress.gif") as part:
-            frames = [Image.open(path).convert("RGB") for path in paths]
-            durations = [400] * (len(frames) - 1) + [2500]  # ms
-            rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
-            frames[0].save(part, duration=durations, **rest)
-
-
-def error_picture(image, found, label):
-    """Show in uint8 `image` (H, W, 3) where road `found` (H, W) bool is wrong.
-
-    Missed and false road get their colours, void is hatched, and the road of `label`,
-    ids (H, W), has an outline; what is right is left as it is.
-    """
-    picture, truth = image.copy(), label == 1
-    rows, columns = (np.arange(side, dtype=np.uint16) for side in label.shape)
-    stripes = (rows[:, None] + columns) % 8 < 3
-    picture[label == VOID] = picture[label == VOID] // 4 + 96
-    picture[(label == VOID) & stripes] = 60
-    picture[truth & ~found] = MISSED
-    picture[(label == 0) & found] = FALSE
-    picture[truth & ~inner(truth)] = TRUTH
-    return picture
-
-
-def write_errors(path, image, found, label):
-    """Write the overlay and the errors of `found` (H, W), small, for the report."""
-    width = min(ERRORS_WIDTH, label.shape[1])
-    size = max(round(label.shape[0] * width / label.shape[1]), 1), width
-    small = resize_image(image, size).numpy()
-    found = resize_label(found.astype(np.uint8), size).numpy()
-    label = resize_label(label, size).numpy()
-    save_image(overlay(small, found), path.with_name(f"{path.name}.jpg"))
-    errors = error_picture(small, found == 1, label)
-    save_image(errors, path.with_name(f"{path.name}_errors.jpg"))
-
 
 MEASURES = {  # as scores() has them
     "images": "number of hold-out images",

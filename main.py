@@ -82,6 +82,11 @@ class Config:
     export: Annotated[Path, None, "new folder for a SavedModel"] = None
     submission: Annotated[bool, None, "write the benchmark's zip"] = False
 
+    @property
+    def image_shape(self):
+        """The network's input, (H, W)."""
+        return self.image_height, self.image_width
+
 
 GROUPS = {  # of --help, by their first setting
     "demo": "try it without data",
@@ -561,7 +566,8 @@ def train_nn(
     stop = stop or threading.Event()
     batches = get_batches_fn(batch_size)
     steps = len(batches)  # an epoch
-    first = step = int(state.step.numpy())
+    step = int(state.step.numpy())
+    timed = step + 2  # the first steps trace; then their time is told
     upcoming = iter(batches.from_step(step))
     for epoch in range(int(state.epoch) + 1, epochs + 1):
         last = epoch * steps
@@ -574,14 +580,14 @@ def train_nn(
                 step += 1
                 now = time.perf_counter()
                 stopping = stop.is_set()
-                early = step <= first + 2  # their time is told
+                early = step <= timed
                 if not (now - fetched > 1 or early or step == last or stopping):
                     continue  # the device is not waited for at every step
                 values = fetch(pending, step, batches)
                 for value in values:  # one by one: the sum's bits do not depend on
                     totals[:3] += value  # when they are fetched
                 now = time.perf_counter()
-                if step == first + 2:
+                if step == timed:
                     left = epochs * steps - step
                     bar.write(helper.forecast(now - fetched, steps, left))
                 totals[3] += now - fetched
@@ -621,6 +627,9 @@ def prepare(config):
         helper.maybe_download_kitti_road(data_dir)
     if vgg_path == "downloaded":
         vgg_path = helper.maybe_download_pretrained_vgg(data_dir)
+    if vgg_path != "random":
+        print(f"VGG-16 is {vgg_path}")
+        helper.read_ahead(vgg_path)  # while the test images are looked at
     split = helper.find_images(data_dir, config.holdout_fraction, config.submission)
     helper.check_batch_size(config.batch_size, split.training)
     return split, vgg_path
@@ -628,13 +637,12 @@ def prepare(config):
 
 def train(config, folder, train_step, model):
     """Train `model` on the images of the run in `folder`; every epoch is kept there."""
-    image_shape = config.image_height, config.image_width
     split, device = folder.split, folder.device
     get_batches_fn = helper.gen_batch_function(
-        split.training, image_shape, config.seed, device
+        split.training, config.image_shape, config.seed, device
     )
     get_holdout_fn = helper.gen_batch_function(
-        split.holdout, image_shape, device=device
+        split.holdout, config.image_shape, device=device
     )
     holdout = get_holdout_fn(config.batch_size).in_order()
     score = functools.partial(evaluate, model, holdout, device)
@@ -659,7 +667,8 @@ def run(config):
     split, vgg_path = prepare(config)
     steps = len(split.training) // config.batch_size  # an epoch
     with helper.open_run(config, CLASSES, split, device) as folder:
-        with device.strategy.scope(), helper.loading(vgg_path):
+        print("building the network")
+        with device.strategy.scope():
             model = fcn8s(vgg_path, config.keep_prob, config.l2)
         if config.weights and not folder.resumes:
             helper.load_weights(model, config.weights)
@@ -670,8 +679,7 @@ def run(config):
             seed=config.seed,
             device=device,
         )
-        image_shape = config.image_height, config.image_width
-        predictor = helper.Predictor(model, image_shape, config.batch_size)
+        predictor = helper.Predictor(model, config.image_shape, config.batch_size)
         folder.begin(state, predictor, total_steps=config.epochs * steps)
         if not folder.trained:
             train(config, folder, train_step, model)
@@ -686,11 +694,10 @@ def run(config):
 def use(config):
     """Segment images with trained weights, or export them."""
     helper.prepare_device(config.precision)
-    with helper.loading("random"):
-        model = fcn8s("random", keep_prob=1)
+    print("building the network")
+    model = fcn8s("random", keep_prob=1)
     helper.load_weights(model, config.weights)
-    image_shape = config.image_height, config.image_width
-    predictor = helper.Predictor(model, image_shape, config.batch_size)
+    predictor = helper.Predictor(model, config.image_shape, config.batch_size)
     if config.export:
         helper.export(predictor, config.export)
     if config.predict:
@@ -701,7 +708,10 @@ def main(argv=None):
     """Run the program on a command line; return its exit code."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        use(config) if config.predict or config.export else run(config)
+        if config.predict or config.export:
+            use(config)
+        else:
+            run(config)
         return 0
     except helper.EXPECTED as error:
         return helper.explain(error)
