@@ -1191,9 +1191,9 @@ def find_images(data_dir, holdout_fraction=0.1667, submission=False):
             lane = label.with_name(label.name.replace("_road_", "_lane_"))
             other = f" ({lane.name} is another task)" if lane.exists() else ""
             raise ProgramError(f"{image} has no label {label}{other}: add the label")
-        if samples and samples[-1].label == label:
-            raise ProgramError(f"{image} and {samples[-1].image}: rename one of them")
         samples.append(Sample(image, label))
+        if category(image) == "urban":
+            raise ProgramError(f"{image}: urban means all categories: rename it")
     if not samples:
         raise ProgramError(
             f"no images in {training_dir / 'image_2'}: unpack data_road.zip into "
@@ -1201,9 +1201,11 @@ def find_images(data_dir, holdout_fraction=0.1667, submission=False):
         )
     training, holdout = split_holdout(samples, holdout_fraction)
     tests = image_files(data_dir / "data_road" / "testing" / "image_2")
-    found = len(samples), len(tests)
-    full = "" if found == FULL_SET else f"; the full set has {FULL_SET[0]} and "
-    full += f"{FULL_SET[1]}" if full else ""
+    check_stems([sample.image for sample in samples])  # they would share a label
+    check_stems(tests)  # their overlays would meet
+    full = ""
+    if (len(samples), len(tests)) != FULL_SET:
+        full = f"; the full set has {FULL_SET[0]} and {FULL_SET[1]}"
     print(
         f"{count_of(len(samples), 'labelled image')}, of which {len(holdout)} held "
         f"out, and {count_of(len(tests), 'test image')}{full}"
@@ -1216,11 +1218,15 @@ def find_images(data_dir, holdout_fraction=0.1667, submission=False):
     return Split(training, holdout, tests)
 
 
+def check_stems(images):
+    """Raise ProgramError for two images that differ by their suffix alone."""
+    for first, second in itertools.pairwise(sorted(images, key=lambda path: path.stem)):
+        if first.stem == second.stem:
+            raise ProgramError(f"{first} and {second}: rename one of them")
+
+
 def check_tests(tests, folder, submission):
     """Raise ProgramError for a test image that would fail after hours of training."""
-    for first, second in itertools.pairwise(sorted(tests, key=lambda path: path.stem)):
-        if first.stem == second.stem:  # their overlays would meet
-            raise ProgramError(f"{first} and {second}: rename one of them")
     in_parallel(read_image, tests, "looking at the test images")
     missing = [path for path in tests if submission and read_homography(path) is None]
     if submission and not tests:
@@ -1648,7 +1654,7 @@ def find_inputs(paths, problems):
     What cannot be used goes to `problems`, as text. Folders in folders and hidden files
     are left alone.
     """
-    found = []
+    found = {}  # as an ordered set
     for path in paths:
         files = [path]
         if path.is_dir():
@@ -1671,9 +1677,9 @@ def find_inputs(paths, problems):
                 problems.append(f"{file}: not a regular file")
             elif file.suffix.lower() not in IMAGES + VIDEOS:
                 problems.append(f"{file}: not {READABLE}")
-            elif file not in found:
-                found.append(file)
-    return found
+            else:
+                found[file] = None
+    return list(found)
 
 
 def name_outputs(files):
@@ -1777,7 +1783,7 @@ class Prediction:
         try:
             road = self.predictor.grown(road, image)
             save_image(overlay(image, road), target)
-            confidence = np.round(255 * road).astype(np.uint8)
+            confidence = to_confidence(road).numpy()
             save_image(confidence, self.folder / "confidence" / f"{target.stem}.png")
             return True
         except (OSError, ValueError) as error:
@@ -2089,6 +2095,11 @@ def score_holdout(run_dir, predictor, holdout):
         for plane, groups in pooled.items()
     }
     need_both_classes(sums["image"]["urban"].sum(axis=1), "hold-out")
+    for plane, groups in sums.items():
+        for kind, histogram in list(groups.items()):
+            if not histogram.sum(axis=1).all():
+                print(f"{kind}, {PLANES[plane]}: one class only, no score of its own")
+                del groups[kind]
     measured = {
         plane: {
             kind: {"images": len(pooled[plane][kind]), **scores(histogram)}
@@ -2096,18 +2107,25 @@ def score_holdout(run_dir, predictor, holdout):
         }
         for plane, groups in sums.items()
     }
-    curves = {kind: precision_recall(sum_) for kind, sum_ in sums["image"].items()}
+    curves = {
+        kind: precision_recall(histogram) for kind, histogram in sums["image"].items()
+    }
     return {"scores": measured, "curves": curves, "holdout": each}
 
 
 def at_half(histogram):
-    """Return an image's IoU and shares of missed and false road at 0.5, in percent."""
-    measures = scores(histogram)
-    _, recall, fp, _ = rates(histogram)
-    false = fp[128] / max(np.sum(histogram[0]), 1)
-    shares = {"missed": 1 - recall[128], "false": false}
-    shares = {name: 100 * float(value) for name, value in shares.items()}
-    return {"IoU": measures["IoU50"]} | shares
+    """Return an image's IoU and shares of missed and false road at 0.5, in percent.
+
+    Where there is no road none is missed, and to find none is right.
+    """
+    background, road = np.sum(histogram, axis=1)
+    found = np.sum(histogram[:, 128:], axis=1)
+    if not road:
+        found_right = {"IoU50": 0.0 if found[0] else 100.0, "missed": 0.0}
+    else:
+        missed = 100 * float(1 - found[1] / road)
+        found_right = {"IoU50": scores(histogram)["IoU50"], "missed": missed}
+    return found_right | {"false": 100 * float(found[0] / max(background, 1))}
 
 
 def precision_recall(histogram):
@@ -2143,6 +2161,7 @@ def print_scores(scores):
 WEIGHTS = "best.weights.h5"  # of a run's folder
 CHECKPOINTS = "checkpoint"  # likewise
 FRAMES = "frames"  # in there: of progress.gif
+NOT_RECORDED = "resume", "predict", "export"  # settings that are none of a run
 FACTS = "fcn8s"  # the attribute of a weight file that says what it is
 
 
@@ -2159,6 +2178,7 @@ def read_run(run_dir):
             "trained": bool,
             "seconds": (int, float),
             "config": dict,
+            "device": dict,
         }
         kinds |= {"data": dict, "history": list, "resumed": list}
         for name, kind in kinds.items():
@@ -2211,11 +2231,34 @@ def train_on(run_dir, record):
     return command("--weights", run_dir, rest)
 
 
+def go_on(run_dir, record):
+    """Return the command line that goes on with a run, from its best if it must be."""
+    if record["history"] and not (record["trained"] or find_checkpoints(run_dir)):
+        return train_on(run_dir, record)
+    return command("--resume", run_dir)
+
+
+def check_name(name):
+    """Raise ProgramError for a --name that is none."""
+    if name and (name != Path(name).name or name.startswith(".")):
+        raise ProgramError(f"--name {name}: not the plain name of a folder")
+
+
+def check_place(config):
+    """Raise ProgramError where no run can be, before anything is downloaded for it."""
+    check_name(config.name)
+    path = config.resume or config.runs_dir / (config.name or "")
+    if re.search(r"[*?[\ud800-\udfff]", str(path)):
+        raise ProgramError(
+            f"{path}: TensorFlow finds no checkpoint where * ? or [ is in the path, or "
+            "what is not UTF-8: name another --runs-dir or --name"
+        )
+
+
 def new_folder(runs_dir, name=None, suffix=""):
     """Make a folder in `runs_dir`, of that name or the second's; numbered if taken."""
+    check_name(name)
     name = name or time.strftime("%Y%m%d-%H%M%S") + suffix
-    if name != Path(name).name or name.startswith("."):
-        raise ProgramError(f"--name {name}: not the plain name of a folder")
     runs_dir.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = runs_dir / (name if number == 1 else f"{name}-{number}")
@@ -2263,12 +2306,6 @@ def open_run(config, classes, split, device):
     workers only the chief writes. Raises ProgramError while another program is at work
     there.
     """
-    place = config.resume or config.runs_dir / (config.name or "")
-    if re.search(r"[*?[\ud800-\udfff]", str(place)):
-        raise ProgramError(
-            f"{place}: TensorFlow finds no checkpoint where * ? or [ is in the path, or "
-            "what is not UTF-8: name another --runs-dir or --name"
-        )
     if not device.chief:
         yield Run(config.resume or config.runs_dir, config, classes, split, device)
         return
@@ -2300,22 +2337,25 @@ class Run:
         if config.resume:
             self.take_up()
         self.record |= self.facts(classes) | {"scores": {}, "curves": {}, "holdout": {}}
-        self.began = time.monotonic() - self.record["seconds"]
-        self.begun = not config.resume  # whether the record may be changed
-        self.saved_at = time.monotonic()  # when a checkpoint was written
-        self.saved, self.last = None, 0  # its (step, epoch), its number
-        self.written_epoch = None  # that of best.weights.h5
+        self.start = time.monotonic() - self.record["seconds"]
+        self.may_write = not config.resume  # whether the record may be changed
+        self.saved_time = time.monotonic()  # when a checkpoint was written
+        self.saved_progress, self.checkpoint_number = (
+            None,
+            0,
+        )  # its (step, epoch), its number
+        self.weights_epoch = None  # that of best.weights.h5
         self.state = self.predictor = self.stop = None  # until begin and training
         self.writer = ThreadPoolExecutor(1)  # of run.json and the pages
         self.writing = None  # what it is at
 
     @property
-    def trained(self):
-        """Whether nothing is left to train."""
-        return self.record["trained"] or not self.config.epochs
+    def to_train(self):
+        """Whether anything is left to train."""
+        return not self.record["trained"] and self.config.epochs > 0
 
     @property
-    def resumes(self):
+    def has_weights(self):
         """Whether weights of this very run are there to go on from."""
         return bool(self.config.resume) and has_weights(self.config.resume)
 
@@ -2341,20 +2381,23 @@ class Run:
 
     def facts(self, classes):
         """Return what run.json says of the settings, the device and the data."""
-        config = {
-            name: value.absolute() if isinstance(value, Path) else value  # good in any
-            for name, value in dataclasses.asdict(self.config).items()  # folder
-            if name not in ("resume", "predict", "export")
-        }
-        config["precision"] = self.device.precision  # of a resumed run too
-        fields = dataclasses.fields(self.config)
+        config = dataclasses.asdict(self.config)
+        defaults = {each.name: each.default for each in dataclasses.fields(self.config)}
+        for settings in config, defaults:
+            for name, value in settings.items():
+                if isinstance(value, Path):
+                    settings[name] = value.absolute()  # good in any folder
+        for name in NOT_RECORDED:
+            del config[name]
+        if self.config.resume:  # what was asked for, not what it came to
+            config["precision"] = self.record["config"]["precision"]
         packages = "tensorflow", "keras", "numpy", "imageio", "pillow"
         return {
             "state": "running",
             "started": self.record.get("started", now()),
             "command": shlex.join(["python", *sys.argv]),
             "config": config,
-            "defaults": {field.name: field.default for field in fields},
+            "defaults": defaults,
             "classes": classes,
             "device": self.device.facts(),
             "data": self.split.counts(),
@@ -2373,9 +2416,9 @@ class Run:
             copy_weights(state.best, state.model.trainable_variables)
             state.step.assign(total_steps)
             state.epoch.assign(self.config.epochs)
-            self.written_epoch = best_epoch(self.record["history"])
-        elif self.resumes:
-            self.last = restore(state, self.path)
+            self.weights_epoch = best_epoch(self.record["history"])
+        elif self.has_weights:
+            self.checkpoint_number = restore(state, self.path)
         step = int(state.step.numpy())
         if step > total_steps:
             raise ProgramError(
@@ -2412,7 +2455,7 @@ class Run:
     def note_resuming(self, step):
         """Put into the record at which step the run goes on, and what is over."""
         epoch = int(self.state.epoch)
-        self.begun, self.saved = True, (step, epoch)
+        self.may_write, self.saved_progress = True, (step, epoch)
         self.record["resumed"].append(step)
         self.record["history"] = self.record["history"][:epoch]
         self.record["best_epoch"] = best_epoch(self.record["history"])
@@ -2433,12 +2476,11 @@ class Run:
         )
         with noting_signals(self.device.workers) as self.stop, fitting:
             yield self.stop
-            with decoration("progress.gif"):
-                if self.device.chief:
-                    write_progress(self.path)
             if self.device.chief and int(self.state.epoch) < self.config.epochs:
                 self.save()
             elif self.device.chief:  # no checkpoint: the best weights will do
+                with decoration("progress.gif"):
+                    write_progress(self.path)
                 self.wait_for_writer()
                 self.write_best()
                 self.record["trained"] = True
@@ -2473,7 +2515,7 @@ class Run:
             self.keep_frame(epoch["epoch"])
         self.writing = self.writer.submit(write_run, self.path, self.as_text())
         print(epoch_line(epoch, self.config.epochs) + "  best" * best)
-        due = time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes
+        due = time.monotonic() - self.saved_time >= 60 * self.config.checkpoint_minutes
         if due and epoch["epoch"] < self.config.epochs:
             self.save()
 
@@ -2481,14 +2523,14 @@ class Run:
         """Write the best weights and a checkpoint, unless it is there."""
         self.wait_for_writer()  # a checkpoint may know no epoch that run.json does not
         progress = int(self.state.step.numpy()), int(self.state.epoch)
-        if progress == self.saved:
+        if progress == self.saved_progress:
             return
         self.write_best()
         with decoration("progress.gif"):
             write_progress(self.path)
-        self.last += 1
-        write_checkpoint(self.state, self.path, self.last)
-        self.saved_at, self.saved = time.monotonic(), progress
+        self.checkpoint_number += 1
+        write_checkpoint(self.state, self.path, self.checkpoint_number)
+        self.saved_time, self.saved_progress = time.monotonic(), progress
         self.write()
 
     def keep_frame(self, epoch):
@@ -2509,9 +2551,9 @@ class Run:
 
     def write_best(self):
         """Write the best weights, unless it is they that are there."""
-        if self.written_epoch != self.record["best_epoch"]:
+        if self.weights_epoch != self.record["best_epoch"]:
             self.write_weights()
-            self.written_epoch = self.record["best_epoch"]
+            self.weights_epoch = self.record["best_epoch"]
 
     def write_weights(self):
         """Write the best weights, with what they are, through the model."""
@@ -2558,19 +2600,21 @@ class Run:
 
     def fail(self, error):
         """Record how the run ended; remove its folder where nothing came of it."""
+        stopped = isinstance(error, KeyboardInterrupt)
         with contextlib.suppress(Exception):
             self.wait_for_writer()
+            if not stopped and self.record["history"]:
+                self.write_best()
         there = (self.path / WEIGHTS).exists() or find_checkpoints(self.path)
         if not (self.config.resume or there):
             shutil.rmtree(self.path, ignore_errors=True)
             write_overview(self.path.parent)
             return
-        if self.begun:
-            stopped = isinstance(error, KeyboardInterrupt)
+        if self.may_write:
             self.record["state"] = "stopped" if stopped else "failed"
             with contextlib.suppress(OSError):
                 self.write()
-        print(f"to go on with this run: {command('--resume', self.path)}")
+        print(f"to go on with this run: {go_on(self.path, self.record)}")
 
     def write(self):
         """Write run.json and the pages."""
@@ -2580,7 +2624,7 @@ class Run:
         """Return the record as it is now, as JSON."""
         self.record["updated"] = now()
         self.record["device"] = self.device.facts()  # XLA may have failed
-        self.record["seconds"] = time.monotonic() - self.began
+        self.record["seconds"] = time.monotonic() - self.start
         self.record["peak_memory"] = peak_memory()
         return json.dumps(self.record, indent=1, allow_nan=False, default=str)
 
@@ -3053,13 +3097,12 @@ def cards(record):
     done, epochs = len(record["history"]), record["config"]["epochs"]
     maxf = f"{measures['MaxF']:.2f} %" if measures else "–"
     iou = f"{measures['IoU']:.2f} %" if measures else "–"
-    threshold = "at MaxF's threshold" if "AP" in measures else "at 50 %"
     best = "that of the largest MaxF" if measures else "the last, without hold-out"
     best += f"; {done} of {epochs} done"
     memory = f"{(record.get('peak_memory') or 0) / 1e9:.2f} GB"
     return [
         ("MaxF", maxf, f"{MEASURES['MaxF']}; {source}"),
-        ("IoU", iou, f"{MEASURES['IoU']}, {threshold}"),
+        ("IoU", iou, f"{MEASURES['IoU']}, at MaxF's threshold"),
         ("Best epoch", record["best_epoch"] or "–", best),
         ("Duration", clock(record.get("seconds")), "hours, all sessions"),
         ("Peak memory", memory, "of the GPU, else of the program"),
@@ -3088,7 +3131,7 @@ def headline(run_dir, record):
         body.append(f"<small>This page reloads itself every {RELOAD} s.</small>")
     body.append("</p>")
     if state in ("stopped", "failed"):
-        again = html.escape(command("--resume", run_dir))
+        again = html.escape(go_on(run_dir, record))
         body.append(f"<p>To go on with it: <code>{again}</code></p>")
     body.append('<dl class="cards">')
     for name, value, why in cards(record):
@@ -3131,7 +3174,7 @@ def score_section(record):
 
 CHARTS = (  # title, {line: what it shows of an epoch's record}, whether up is log
     ("Loss, nats a pixel, log", {"training": "loss", "hold-out": "holdout_loss"}, True),
-    ("Hold-out, percent", {"MaxF": "MaxF", "IoU at 50 %": "IoU"}, False),
+    ("Hold-out, percent", {"MaxF": "MaxF", "IoU": "IoU"}, False),
     ("Learning rate", {"decoder": "learning_rate"}, False),
     ("Gradient norm, log", {"before clipping": "gradient_norm"}, True),
 )
@@ -3183,10 +3226,10 @@ def error_section(run_dir, record):
     body.append(f"IoU: {MEASURES['IoU']}.</p>")
     body.append('<div class="errors">')
     holdout = record["holdout"].items()
-    for name, errors in sorted(holdout, key=lambda item: item[1]["IoU"]):
+    for name, errors in sorted(holdout, key=lambda item: item[1]["IoU50"]):
         paths = [run_dir / "errors" / f"{name}{end}.jpg" for end in ("", "_errors")]
         words = (
-            f"{name}: category {errors['category']}, IoU {errors['IoU']:.2f} %; "
+            f"{name}: category {errors['category']}, IoU {errors['IoU50']:.2f} %; "
             f"{errors['missed']:.2f} % of the road missed, {errors['false']:.2f} % of "
             "the rest taken for road"
         )
@@ -3217,8 +3260,8 @@ def settings_section(record):
     body.append('<dl class="facts">')
     for name in sorted(config, key=lambda name: name not in changed):
         value = shown(config[name])
-        real = record["device"].get(name, config[name])  # of precision and xla
-        if real != config[name]:
+        real = record["device"].get(name)
+        if name in ("precision", "xla") and real not in (None, config[name]):
             value += f", here {shown(real)}"
         kind = ""
         if name in changed:
@@ -3256,7 +3299,7 @@ COLUMNS = (  # of the overview
     *("Duration", "Other settings"),
 )
 NO_REMARK = {"epochs", "batch_size", "image_height", "image_width", "vgg", "weights"}
-NO_REMARK |= {"data_dir", "runs_dir", "resume"}  # where, not how
+NO_REMARK |= {"data_dir", "runs_dir", "name"}  # where, not how
 
 
 def overview_row(path):
@@ -3304,7 +3347,8 @@ def overview(runs_dir):
     body = [
         f"<h1>{len(rows)} runs</h1><p>Scores of the hold-out over all categories, in"
     ]
-    body.append("percent; with ~ at the network's size, as its own is not scored yet.")
+    body.append("percent; with ~ as they were in training, at the network's size and")
+    body.append("without the mirror image, until the run scores them as they are used.")
     for name in "MaxF", "IoU":
         body.append(f"<br><b>{name}</b>: {MEASURES[name]}.")
     body.append('</p><p class="hint">The table scrolls sideways.</p>')

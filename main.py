@@ -8,6 +8,7 @@ everything around the network is in helper.py.
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 import threading
 import time
@@ -113,7 +114,8 @@ USING = {  # what goes with --predict and --export
     "image_width",
     "precision",
 }
-RESUMING = {"resume", "epochs", "data_dir", "runs_dir"}  # what goes with --resume
+NO_FILE = "downloaded", "random"  # of --vgg: all else is the path of one
+RESUMING = {"resume", "epochs", "data_dir"}  # what goes with --resume
 
 
 def flag(name):
@@ -176,13 +178,15 @@ def parse(argv):
         parser.error(f"{flag(min(idle))} does not go with --predict or --export")
     if "resume" in given and (fixed := given - RESUMING):
         parser.error(f"{flag(min(fixed))} is that of the run: leave it out")
+    if "weights" in given and parsed["vgg"] not in (None, *NO_FILE):
+        parser.error("--weights replaces VGG-16 too: leave --vgg out")
     if "weights" in given:
         height, width = helper.read_weights_facts(parsed["weights"], CLASSES)
         parser.set_defaults(image_height=height, image_width=width)
     if "resume" in given:
         parser.set_defaults(**recorded_settings(parsed["resume"]))
     config = Config(**vars(parser.parse_args(argv)))
-    if config.vgg not in ("downloaded", "random"):
+    if config.vgg not in NO_FILE:
         config = dataclasses.replace(config, vgg=str(Path(config.vgg).absolute()))
     return config
 
@@ -195,7 +199,7 @@ def recorded_settings(run_dir):
     """
     path = run_dir / "run.json"
     record = helper.read_run(run_dir)
-    recorded, known = record["config"], record.get("defaults")
+    recorded, defaults = record["config"], record.get("defaults")
     parser = settings_parser()
 
     def refuse(message):
@@ -203,14 +207,18 @@ def recorded_settings(run_dir):
         raise ProgramError(f"{path}: config: {message}: correct it, or start anew")
 
     parser.error = refuse
-    typed, elsewhere = [], {"resume", "predict", "export"}
-    known = set(known) if isinstance(known, dict) else set()  # to its own version
-    if lost := known - recorded.keys() - elsewhere:
+    expected = defaults if isinstance(defaults, dict) else {}  # of its own version
+    if lost := expected.keys() - recorded.keys() - {*helper.NOT_RECORDED}:
         refuse(f"no {min(lost)}")
+    # What "auto" came to there: here it may come to something else.
+    if not record["device"].get("precision"):
+        refuse("no precision of the device")
+    recorded["precision"] = record["device"]["precision"]
+    typed = []
     for name, value in recorded.items():
         if value is None or value is False:
             continue
-        if name in {*elsewhere, "help"}:
+        if name in (*helper.NOT_RECORDED, "help"):
             refuse(f"{name} is no setting of a run")
         if "\0" in str(value):
             refuse(f"a zero byte in {name}")
@@ -462,14 +470,18 @@ def optimize(model, learning_rate, vgg_factor=1.0, seed=0, device=None):
 
     Adam learns the decoder at `learning_rate`, a number or a schedule of Keras, and
     VGG-16 at `vgg_factor` times that; see TrainStep. Dropout's masks are a function of
-    `seed` and the step. The state has also what train_nn counts, `epoch`, those that
-    are over, and `totals` of the one that is not (loss, L2, gradient norm, seconds),
-    and the `best` weights.
+    `seed` and the step. Beside model, optimizer and step the state has `epoch`, the
+    number of epochs that are over; `totals` of the open one, over its steps: loss, L2,
+    gradient norm, seconds; and the `best` weights.
     """
     device = device or helper.Device()
     variables = model.trainable_variables
-    decoder = [layer for layer in model.layers if "score_" in layer.name]
-    decoder = {variable.path for layer in decoder for variable in layer.variables}
+    decoder = {
+        variable.path
+        for layer in model.layers
+        if layer.name.startswith(("score_", "upscore_"))
+        for variable in layer.variables
+    }
     factors = [1.0 if v.path in decoder else vgg_factor for v in variables]
     with device.strategy.scope():
         optimizer = Adam(learning_rate, factors)
@@ -508,7 +520,8 @@ def holdout_step(model, strategy, images, labels):
 def evaluate(model, batches, device=None):
     """Return the hold-out's loss and scores at network size, {} without images.
 
-    `batches` are images, labels and weights; `model` has two classes.
+    For each epoch, so without the mirror image. `batches` are images, labels and
+    weights; `model` has two classes.
     """
     helper.need_two_classes(model, "scores")
     strategy = (device or helper.Device()).strategy
@@ -525,7 +538,7 @@ def evaluate(model, batches, device=None):
     return {
         "holdout_loss": loss / max(histogram.sum(), 1),
         "MaxF": measures["MaxF"],
-        "IoU": measures["IoU50"],
+        "IoU": measures["IoU"],
         "accuracy": measures["accuracy"],
     }
 
@@ -570,29 +583,30 @@ def train_nn(
     timed = step + 2  # the first steps trace; then their time is told
     upcoming = iter(batches.from_step(step))
     for epoch in range(int(state.epoch) + 1, epochs + 1):
-        last = epoch * steps
+        end = epoch * steps
         pending, totals = [], state.totals.numpy()
-        fetched = time.perf_counter()
+        since = time.perf_counter()
         with tqdm(None, f"epoch {epoch}", steps, leave=False, disable=None) as bar:
-            bar.update(step - last + steps)
-            while step < last:
+            bar.update(step - end + steps)
+            while step < end:
                 pending.append(train_step(*next(upcoming)))
                 step += 1
                 now = time.perf_counter()
                 stopping = stop.is_set()
-                early = step <= timed
-                if not (now - fetched > 1 or early or step == last or stopping):
-                    continue  # the device is not waited for at every step
+                # The device is waited for once a second, not at every step.
+                due = now - since > 1 or step <= timed or step == end or stopping
+                if not due:
+                    continue
                 values = fetch(pending, step, batches)
                 for value in values:  # one by one: the sum's bits do not depend on
                     totals[:3] += value  # when they are fetched
                 now = time.perf_counter()
                 if step == timed:
                     left = epochs * steps - step
-                    bar.write(helper.forecast(now - fetched, steps, left))
-                totals[3] += now - fetched
+                    bar.write(helper.forecast(now - since, steps, left))
+                totals[3] += now - since
                 state.totals.assign(totals)
-                pending, fetched = [], now
+                pending, since = [], now
                 bar.update(len(values))
                 bar.set_postfix(loss=f"{values[-1][0]:.4f}")
                 if stopping:
@@ -600,7 +614,7 @@ def train_nn(
         loss, l2, norm = totals[:3] / steps
         record = {"epoch": epoch, "step": step, "loss": loss, "l2": l2}
         record |= {"gradient_norm": norm, "seconds": totals[3]}
-        record["images_per_second"] = steps * batch_size / totals[3]
+        record["images_per_second"] = steps * batches.batch_size / totals[3]
         state.epoch.assign(epoch)
         state.totals.assign(tf.zeros_like(totals))
         end_epoch(record)
@@ -616,7 +630,7 @@ def prepare(config):
     vgg_path = config.vgg
     if config.weights or (config.resume and helper.has_weights(config.resume)):
         vgg_path = "random"  # until replaced
-    elif vgg_path not in ("downloaded", "random") and not Path(vgg_path).is_file():
+    elif vgg_path not in NO_FILE and not Path(vgg_path).is_file():
         raise ProgramError(f"{vgg_path}: not a file: correct --vgg")
     data_dir = config.data_dir
     if config.demo:
@@ -626,18 +640,19 @@ def prepare(config):
     else:
         helper.maybe_download_kitti_road(data_dir)
     if vgg_path == "downloaded":
-        vgg_path = helper.maybe_download_pretrained_vgg(data_dir)
+        vgg_path = helper.maybe_download_pretrained_vgg(config.data_dir)
     if vgg_path != "random":
         print(f"VGG-16 is {vgg_path}")
         helper.read_ahead(vgg_path)  # while the test images are looked at
     split = helper.find_images(data_dir, config.holdout_fraction, config.submission)
-    helper.check_batch_size(config.batch_size, split.training)
+    if config.epochs:
+        helper.check_batch_size(config.batch_size, split.training)
     return split, vgg_path
 
 
-def train(config, folder, train_step, model):
-    """Train `model` on the images of the run in `folder`; every epoch is kept there."""
-    split, device = folder.split, folder.device
+def train(config, this_run, train_step, model):
+    """Train `model` on the images of `this_run`, which keeps every epoch."""
+    split, device = this_run.split, this_run.device
     get_batches_fn = helper.gen_batch_function(
         split.training, config.image_shape, config.seed, device
     )
@@ -646,14 +661,14 @@ def train(config, folder, train_step, model):
     )
     holdout = get_holdout_fn(config.batch_size).in_order()
     score = functools.partial(evaluate, model, holdout, device)
-    with folder.training() as stop:
+    with this_run.training() as stop:
         train_nn(
             config.epochs,
             config.batch_size,
             get_batches_fn,
             train_step,
-            folder.state,
-            end_epoch=functools.partial(folder.end_epoch, score),
+            this_run.state,
+            end_epoch=functools.partial(this_run.end_epoch, score),
             stop=stop,
         )
 
@@ -662,15 +677,16 @@ def run(config):
     """Train as `config` says, score the hold-out, segment the test images."""
     if config.resume and helper.is_finished(config.resume):
         return
+    helper.check_place(config)
     device = helper.prepare_device(config.precision, config.xla, config.deterministic)
     keras.utils.set_random_seed(config.seed)
     split, vgg_path = prepare(config)
-    steps = len(split.training) // config.batch_size  # an epoch
-    with helper.open_run(config, CLASSES, split, device) as folder:
+    steps = max(len(split.training) // config.batch_size, 1)  # an epoch
+    with helper.open_run(config, CLASSES, split, device) as this_run:
         print("building the network")
         with device.strategy.scope():
             model = fcn8s(vgg_path, config.keep_prob, config.l2)
-        if config.weights and not folder.resumes:
+        if config.weights and not this_run.has_weights:
             helper.load_weights(model, config.weights)
         train_step, state = optimize(
             model,
@@ -680,19 +696,20 @@ def run(config):
             device=device,
         )
         predictor = helper.Predictor(model, config.image_shape, config.batch_size)
-        folder.begin(state, predictor, total_steps=config.epochs * steps)
-        if not folder.trained:
-            train(config, folder, train_step, model)
+        this_run.begin(state, predictor, total_steps=config.epochs * steps)
+        if this_run.to_train:
+            train(config, this_run, train_step, model)
         if device.chief:
-            folder.use_best()
-            folder.score()
+            this_run.use_best()
+            this_run.score()
             helper.save_inference_samples(
-                folder.path, predictor, split.test, config.submission
+                this_run.path, predictor, split.test, config.submission
             )
 
 
 def use(config):
     """Segment images with trained weights, or export them."""
+    os.environ.pop("TF_CONFIG", None)  # no other worker is needed, or waited for
     helper.prepare_device(config.precision)
     print("building the network")
     model = fcn8s("random", keep_prob=1)
