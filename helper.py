@@ -132,7 +132,8 @@ def blaming(path, what, advice):
 
 def first_line(error):
     """Return the first line of an error's message, not too long."""
-    return str(error).strip().partition("\n")[0][:200]
+    message = str(error).strip() or type(error).__name__
+    return message.partition("\n")[0][:200]
 
 
 def printable(text):
@@ -1238,8 +1239,14 @@ def check_tests(tests, folder, submission):
         )
 
 
-def check_batch_size(batch_size, training):
-    """Raise ProgramError where there are fewer training images than `batch_size`."""
+def check_batch_size(batch_size, training, replicas):
+    """Raise ProgramError where there are fewer training images than `batch_size`.
+
+    Says so where there are more replicas.
+    """
+    if batch_size < replicas:
+        idle = count_of(replicas - batch_size, "replica")
+        print(f"--batch-size {batch_size} leaves {idle} of {replicas} idle: raise it")
     if batch_size > len(training):
         raise ProgramError(
             f"--batch-size {batch_size} is more than the "
@@ -1404,7 +1411,7 @@ class Batches:
 
     def training_part(self, context, index):
         """Return the part with number `index` of the training steps."""
-        step, replica = place(context, index)
+        step, replica = step_and_replica(context, index)
         rows = batch_rows(step, self.count, self.batch_size, self.seed)
         places, real = self.share(rows, replica, context.num_replicas_in_sync)
         images, labels = self.gather(rows, places)
@@ -1414,7 +1421,7 @@ class Batches:
 
     def ordered_part(self, context, index):
         """Return the part with number `index` of the samples in order."""
-        step, replica = place(context, index)
+        step, replica = step_and_replica(context, index)
         rows = tf.range(self.count)[step * self.batch_size :][: self.batch_size]
         places, real = self.share(rows, replica, context.num_replicas_in_sync)
         images, labels = self.gather(rows, places)
@@ -1454,7 +1461,7 @@ class Batches:
         return dataset.apply(tf.data.experimental.prefetch_to_device(device))
 
 
-def place(context, index):
+def step_and_replica(context, index):
     """Return the step and the replica that part `index` of a worker belongs to."""
     local = context.num_replicas_in_sync // context.num_input_pipelines
     return index // local, local * context.input_pipeline_id + index % local
@@ -2144,12 +2151,11 @@ def score_rows(kinds):
     ]
 
 
-def print_scores(scores):
+def print_scores(planes):
     """Print the scores of score_holdout, in at most 100 columns."""
-    for plane, kinds in scores.items():
-        print(
-            PLANES[plane] + ("" if kinds else ": no hold-out image has a calibration")
-        )
+    for plane, kinds in planes.items():
+        nothing = "" if kinds else ": no hold-out image has a calibration"
+        print(PLANES[plane] + nothing)
         for first, *cells in score_rows(kinds):
             short = {"threshold": "thresh.", "accuracy": "acc."}
             cells = (short.get(cell, cell) for cell in cells)
@@ -3341,8 +3347,8 @@ def overview(runs_dir):
             started, cells = "", [shown(path.name), "damaged"]
             cells += [""] * (len(COLUMNS) - len(cells))
         # a folder is named for its second, unless somebody renamed it
-        time = re.sub(r"\D", "", started or path.name)[:14]
-        rows.append((time, path.name, cells))
+        when = re.sub(r"\D", "", started or path.name)[:14]
+        rows.append((when, path.name, cells))
     rows.sort(reverse=True)
     body = [
         f"<h1>{len(rows)} runs</h1><p>Scores of the hold-out over all categories, in"

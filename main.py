@@ -41,7 +41,7 @@ class Range(NamedTuple):
         try:
             value = kind(text)
         except ValueError:
-            value = float("nan")
+            value = float("nan")  # which is in no range
         if self.low <= value <= self.high and not (self.step and value % self.step):
             return value
         multiple = f"a multiple of {self.step}" if self.step else kind.__name__
@@ -60,7 +60,7 @@ class Config:
 
     demo: Annotated[bool, None, "drawn data, small images, no download"] = False
     epochs: Annotated[int, Range(0), "passes over the training images"] = 50
-    batch_size: Annotated[int, Range(1), "images in a step"] = 5
+    batch_size: Annotated[int, Range(1), "images in a step"] = 2
     learning_rate: Annotated[float, Range(1e-9, 1), "Adam's, for the decoder"] = 0.001
     vgg_learning_rate: Annotated[float, Range(0, 1), "Adam's, for VGG-16"] = 0.0001
     keep_prob: Annotated[float, Range(0.01, 1), "share that dropout keeps"] = 0.5
@@ -144,17 +144,17 @@ def settings_parser():
         if kind is bool:
             group.add_argument(flag(field.name), action="store_true", help=meaning)
             continue
-        in_range = isinstance(allowed, Range)
+        argument = {"type": kind, "metavar": metavars[kind]}
+        if kind is list:
+            argument |= {"type": Path, "nargs": "+"}
+        elif isinstance(allowed, Range):
+            argument["type"] = functools.partial(allowed.read, kind)
+        elif allowed:
+            argument = {"choices": allowed}
+        if field.default is not None:
+            meaning += " (%(default)s)"
         group.add_argument(
-            flag(field.name),
-            type={list: Path}.get(kind, kind)
-            if not in_range
-            else functools.partial(allowed.read, kind),
-            nargs="+" if kind is list else None,
-            choices=None if in_range else allowed,
-            default=field.default,
-            metavar=None if isinstance(allowed, list) else metavars[kind],
-            help=meaning + ("" if field.default is None else " (%(default)s)"),
+            flag(field.name), default=field.default, help=meaning, **argument
         )
     return parser
 
@@ -645,8 +645,6 @@ def prepare(config):
         print(f"VGG-16 is {vgg_path}")
         helper.read_ahead(vgg_path)  # while the test images are looked at
     split = helper.find_images(data_dir, config.holdout_fraction, config.submission)
-    if config.epochs:
-        helper.check_batch_size(config.batch_size, split.training)
     return split, vgg_path
 
 
@@ -681,6 +679,8 @@ def run(config):
     device = helper.prepare_device(config.precision, config.xla, config.deterministic)
     keras.utils.set_random_seed(config.seed)
     split, vgg_path = prepare(config)
+    if config.epochs:
+        helper.check_batch_size(config.batch_size, split.training, device.replicas)
     steps = max(len(split.training) // config.batch_size, 1)  # an epoch
     with helper.open_run(config, CLASSES, split, device) as this_run:
         print("building the network")

@@ -1962,8 +1962,8 @@ class Program(Case):
     def command(self, *arguments):
         """Return the command line of a small run."""
         paths = ["--data-dir", self.folder / "data", "--runs-dir", self.folder / "runs"]
-        small = ["--image-height=32", "--image-width=96", "--epochs=2", "--vgg=random"]
-        return [*paths, *small, *arguments]
+        small = ["--image-height=32", "--image-width=96", "--vgg=random"]
+        return [*paths, *small, "--epochs=2", "--batch-size=5", *arguments]
 
     def main(self, *arguments):
         """Run main.py; return its exit code, stdout and stderr."""
@@ -2313,6 +2313,13 @@ class Run(Program):
         )
         self.main("--demo", "--vgg", "downloaded")
         fetch.assert_called_once_with(self.folder / "data")
+
+    def test_replicas_that_get_no_image_are_spoken_of(self):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            helper.check_batch_size(2, training=range(9), replicas=2)
+            helper.check_batch_size(2, training=range(9), replicas=5)
+        idle = "--batch-size 2 leaves 3 replicas of 5 idle: raise it\n"
+        self.assertEqual(said.getvalue(), idle)
 
     def test_without_training_there_need_not_be_a_batch(self):
         self.assertEqual(self.main("--epochs", 0, "--batch-size", 16)[0], 0)
@@ -2986,7 +2993,7 @@ class Damaged(Program):
         def kills(run, epoch):
             """End the second epoch over and over, killed at one operation more."""
             shutil.copytree(run_dir, start)
-            before = copy.deepcopy({k: v for k, v in vars(run).items() if k in names})
+            before = copy.deepcopy({name: vars(run)[name] for name in names})
             for moment in itertools.count():
                 watch.left, watch.killed_at = moment, None
                 with contextlib.suppress(Killed):
@@ -3009,7 +3016,8 @@ class Damaged(Program):
             shutil.rmtree(path + "_temp")
             return write(state, path)
 
-        names = "record", "saved", "saved_at", "last", "written_epoch"
+        names = "record", "saved_progress", "saved_time", "checkpoint_number"
+        names += ("weights_epoch",)
         self.patch(keras.Model, "save_weights", weights_by_python)
         self.patch(tf.train.Checkpoint, "write", checkpoint_by_python)
         self.patch(helper.Run, "score", mock.Mock())  # of no matter here
@@ -3337,8 +3345,8 @@ class ByHand(Program):
         lines = [line[4:] for line in section.splitlines() if line.startswith("    ")]
         self.assertLessEqual(sum(map(bool, lines)), 16)
         code = "\n".join(lines)
-        self.assertIn("= 50, 5, (160, 576)", code)
-        code = code.replace("= 50, 5, (160, 576)", "= 1, 5, (32, 96)")
+        self.assertIn("= 50, 2, (160, 576)", code)
+        code = code.replace("= 50, 2, (160, 576)", "= 1, 5, (32, 96)")
         code = code.replace('Path("', f'Path("{self.folder}/')
         self.patch(helper, "download", mock.Mock())
         with contextlib.redirect_stdout(io.StringIO()) as said:
