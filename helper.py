@@ -1513,7 +1513,7 @@ class Predictor:
             return resize_image(images, self.image_shape)
 
     def _network(self, images):
-        # the mean with the mirror image's: 0.4 to 0.7 points of MaxF on real images
+        # the mean with the mirror image's: in 18 runs 0.04 to 1.3 points of MaxF more
         both = tf.concat([images, images[:, :, ::-1]], axis=0)
         roads = tf.nn.softmax(self.model(both, training=False))[..., 1]
         roads, mirrored = tf.split(roads, 2)
@@ -3198,7 +3198,7 @@ def training_section(record):
         if lines:
             charts.append(chart(title, lines, record["best_epoch"], log))
     head = '<h2>Training</h2><p class="dim">The band is the best epoch; the hold-out is'
-    head += " measured at the network's size here.</p>"
+    head += " measured at the network's size here, without the mirror image.</p>"
     return [head, '<div class="charts">', *charts, "</div>"]
 
 
@@ -3351,7 +3351,7 @@ def overview(runs_dir):
         rows.append((when, path.name, cells))
     rows.sort(reverse=True)
     body = [
-        f"<h1>{len(rows)} runs</h1><p>Scores of the hold-out over all categories, in"
+        f"<h1>{count_of(len(rows), 'run')}</h1><p>Scores of the hold-out over all categories, in"
     ]
     body.append("percent; with ~ as they were in training, at the network's size and")
     body.append("without the mirror image, until the run scores them as they are used.")
