@@ -74,7 +74,6 @@ def quietly():
     if ASKED_TO_SPEAK:
         yield
         return
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # read once, by the import
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
@@ -93,6 +92,7 @@ def quietly():
             REMARKS.append(said.read().decode(errors="replace"))
 
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, by the import
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever keras.json says
 try:
     with quietly():

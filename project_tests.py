@@ -48,8 +48,14 @@ from unittest import mock
 if "--benchmark" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["NO_PROXY"] = "127.0.0.1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+asked_to_speak = "TF_CPP_MIN_LOG_LEVEL" in os.environ
 
+import helper  # first: it brings TensorFlow up without its remarks
+
+if not asked_to_speak:
+    del os.environ["TF_CPP_MIN_LOG_LEVEL"]  # for the processes that are started here
+
+# isort: split
 import h5py
 import imageio_ffmpeg
 import keras
@@ -59,7 +65,6 @@ import tensorflow as tf
 from PIL import Image
 from tensorflow.python.framework import kernels
 
-import helper
 import main
 from helper import VOID, ProgramError
 
