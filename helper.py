@@ -1192,9 +1192,9 @@ def find_images(data_dir, holdout_fraction=0.1667, submission=False):
             lane = label.with_name(label.name.replace("_road_", "_lane_"))
             other = f" ({lane.name} is another task)" if lane.exists() else ""
             raise ProgramError(f"{image} has no label {label}{other}: add the label")
-        samples.append(Sample(image, label))
         if category(image) == "urban":
             raise ProgramError(f"{image}: urban means all categories: rename it")
+        samples.append(Sample(image, label))
     if not samples:
         raise ProgramError(
             f"no images in {training_dir / 'image_2'}: unpack data_road.zip into "
@@ -2346,10 +2346,8 @@ class Run:
         self.start = time.monotonic() - self.record["seconds"]
         self.may_write = not config.resume  # whether the record may be changed
         self.saved_time = time.monotonic()  # when a checkpoint was written
-        self.saved_progress, self.checkpoint_number = (
-            None,
-            0,
-        )  # its (step, epoch), its number
+        self.saved_progress = None  # its (step, epoch)
+        self.checkpoint_number = 0
         self.weights_epoch = None  # that of best.weights.h5
         self.state = self.predictor = self.stop = None  # until begin and training
         self.writer = ThreadPoolExecutor(1)  # of run.json and the pages
