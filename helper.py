@@ -1212,7 +1212,7 @@ def find_images(data_dir, holdout_fraction=0.1667, submission=False):
         f"out, and {count_of(len(tests), 'test image')}{full}"
     )
     if not holdout:
-        print("no hold-out: no scores, and the last weights count as the best")
+        print("no hold-out: no scores")
     for sample in holdout:
         read_homography(sample.image)
     check_tests(tests, data_dir / "data_road" / "testing", submission)
@@ -2164,7 +2164,7 @@ def print_scores(planes):
 
 # --------------------------------------------------------------------------- run
 
-WEIGHTS = "best.weights.h5"  # of a run's folder
+WEIGHTS = "fcn8s.weights.h5"  # of a run's folder
 CHECKPOINTS = "checkpoint"  # likewise
 FRAMES = "frames"  # in there: of progress.gif
 NOT_RECORDED = "resume", "predict", "export"  # settings that are none of a run
@@ -2235,13 +2235,6 @@ def train_on(run_dir, record):
     if data_dir.absolute() != Path("data").absolute():
         rest += f" --data-dir {shlex.quote(str(data_dir))}"
     return command("--weights", run_dir, rest)
-
-
-def go_on(run_dir, record):
-    """Return the command line that goes on with a run, from its best if it must be."""
-    if record["history"] and not (record["trained"] or find_checkpoints(run_dir)):
-        return train_on(run_dir, record)
-    return command("--resume", run_dir)
 
 
 def check_name(name):
@@ -2339,7 +2332,7 @@ class Run:
         self.path, self.config = path, config
         self.split, self.device = split, device
         self.record = {"finished": False, "trained": False, "seconds": 0.0}
-        self.record |= {"resumed": [], "history": [], "best_epoch": None}
+        self.record |= {"resumed": [], "history": []}
         if config.resume:
             self.take_up()
         self.record |= self.facts(classes) | {"scores": {}, "curves": {}, "holdout": {}}
@@ -2348,7 +2341,6 @@ class Run:
         self.saved_time = time.monotonic()  # when a checkpoint was written
         self.saved_progress = None  # its (step, epoch)
         self.checkpoint_number = 0
-        self.weights_epoch = None  # that of best.weights.h5
         self.state = self.predictor = self.stop = None  # until begin and training
         self.writer = ThreadPoolExecutor(1)  # of run.json and the pages
         self.writing = None  # what it is at
@@ -2417,10 +2409,8 @@ class Run:
             self.make_room()
         if self.record["trained"]:
             load_weights(state.model, self.path)
-            copy_weights(state.best, state.model.trainable_variables)
             state.step.assign(total_steps)
             state.epoch.assign(self.config.epochs)
-            self.weights_epoch = best_epoch(self.record["history"])
         elif self.has_weights:
             self.checkpoint_number = restore(state, self.path)
         step = int(state.step.numpy())
@@ -2441,7 +2431,7 @@ class Run:
     def make_room(self):
         """Raise ProgramError where the disk is too small for the run."""
         to_come = 3 - len(find_checkpoints(self.path))  # two stay, while one is written
-        checkpoints = 16 * to_come if self.config.epochs else 0
+        checkpoints = 12 * to_come if self.config.epochs else 0
         parameters = self.state.model.count_params()
         size = (8 + checkpoints) * parameters + 10**6 * len(self.split.test)
         need_space(self.path, size, "a run")
@@ -2462,11 +2452,9 @@ class Run:
         self.may_write, self.saved_progress = True, (step, epoch)
         self.record["resumed"].append(step)
         self.record["history"] = self.record["history"][:epoch]
-        self.record["best_epoch"] = best_epoch(self.record["history"])
         for frame in find_frames(self.path):
             if int(frame.stem) > epoch:
                 frame.unlink()
-        self.write_best()
         self.write()
 
     @contextlib.contextmanager
@@ -2482,22 +2470,18 @@ class Run:
             yield self.stop
             if self.device.chief and int(self.state.epoch) < self.config.epochs:
                 self.save()
-            elif self.device.chief:  # no checkpoint: the best weights will do
+            elif self.device.chief:  # no checkpoint: the weights will do
                 with decoration("progress.gif"):
                     write_progress(self.path)
                 self.wait_for_writer()
-                self.write_best()
+                self.write_weights()
                 self.record["trained"] = True
                 self.write()
         if self.stop.signum is not None:
             raise Stopped(self.stop.signum)
 
     def end_epoch(self, score, epoch):
-        """Add the hold-out's scores to the record of an epoch, and keep the epoch.
-
-        Where it is the best its weights are kept in memory; they are written with the
-        next checkpoint.
-        """
+        """Add the hold-out's scores to the record of an epoch, and keep the epoch."""
         epoch |= score()
         epoch["learning_rate"] = float(self.state.optimizer.learning_rate)
         if self.device.chief:
@@ -2511,25 +2495,21 @@ class Run:
         """Record an epoch, then print it; write a checkpoint where one is due."""
         self.wait_for_writer()
         self.record["history"].append(epoch)
-        self.record["best_epoch"] = best_epoch(self.record["history"])
-        best = self.record["best_epoch"] == epoch["epoch"]
-        if best:
-            copy_weights(self.state.best, self.state.model.trainable_variables)
         with decoration("a frame of progress.gif"):
             self.keep_frame(epoch["epoch"])
         self.writing = self.writer.submit(write_run, self.path, self.as_text())
-        print(epoch_line(epoch, self.config.epochs) + "  best" * best)
+        print(epoch_line(epoch, self.config.epochs))
         due = time.monotonic() - self.saved_time >= 60 * self.config.checkpoint_minutes
         if due and epoch["epoch"] < self.config.epochs:
             self.save()
 
     def save(self):
-        """Write the best weights and a checkpoint, unless it is there."""
+        """Write weights and a checkpoint, unless it is there."""
         self.wait_for_writer()  # a checkpoint may know no epoch that run.json does not
         progress = int(self.state.step.numpy()), int(self.state.epoch)
         if progress == self.saved_progress:
             return
-        self.write_best()
+        self.write_weights()
         with decoration("progress.gif"):
             write_progress(self.path)
         self.checkpoint_number += 1
@@ -2553,31 +2533,13 @@ class Run:
         images += [sample.image for sample in self.split.training]
         return resize_image(read_image(images[0]), self.predictor.image_shape).numpy()
 
-    def write_best(self):
-        """Write the best weights, unless it is they that are there."""
-        if self.weights_epoch != self.record["best_epoch"]:
-            self.write_weights()
-            self.weights_epoch = self.record["best_epoch"]
-
     def write_weights(self):
-        """Write the best weights, with what they are, through the model."""
-        model = self.state.model
+        """Write the weights as they are now, with what they are of."""
         facts = {"image_height": self.config.image_height}
         facts |= {"image_width": self.config.image_width}
         facts |= {name: self.record[name] for name in ("classes", "config", "versions")}
-        facts |= {"run": self.path.name, "epoch": self.record["best_epoch"]}
-        current = [variable.numpy() for variable in model.trainable_variables]
-        try:
-            copy_weights(model.trainable_variables, self.state.best)
-            write_weights(model, self.path / WEIGHTS, facts)
-        finally:
-            copy_weights(model.trainable_variables, current)
-
-    def use_best(self):
-        """Put the best weights into the model; write them where none are written."""
-        copy_weights(self.state.model.trainable_variables, self.state.best)
-        if not self.record["history"]:
-            self.write_weights()
+        facts |= {"run": self.path.name, "step": int(self.state.step.numpy())}
+        write_weights(self.state.model, self.path / WEIGHTS, facts)
 
     def score(self):
         """Score the hold-out, and record and print its scores."""
@@ -2592,10 +2554,7 @@ class Run:
         self.write()
         if self.record["scores"]:
             measures = self.record["scores"]["image"]["urban"]
-            epoch = self.record["best_epoch"]
-            best = f", best epoch {epoch} of {self.config.epochs}" if epoch else ""
-            words = f"MaxF {measures['MaxF']:.2f}, IoU {measures['IoU']:.2f}"
-            print(f"hold-out: {words}{best}")
+            print(f"hold-out: MaxF {measures['MaxF']:.2f}, IoU {measures['IoU']:.2f}")
         images = count_of(len(self.split.test), "segmented test image")
         print(f"{images} and the weights are in {self.path}")
         print(f"look at {self.path / 'index.html'}")
@@ -2604,21 +2563,19 @@ class Run:
 
     def fail(self, error):
         """Record how the run ended; remove its folder where nothing came of it."""
-        stopped = isinstance(error, KeyboardInterrupt)
         with contextlib.suppress(Exception):
             self.wait_for_writer()
-            if not stopped and self.record["history"]:
-                self.write_best()
         there = (self.path / WEIGHTS).exists() or find_checkpoints(self.path)
-        if not (self.config.resume or there):
+        if not (self.config.resume or there or self.record["history"]):
             shutil.rmtree(self.path, ignore_errors=True)
             write_overview(self.path.parent)
             return
         if self.may_write:
+            stopped = isinstance(error, KeyboardInterrupt)
             self.record["state"] = "stopped" if stopped else "failed"
             with contextlib.suppress(OSError):
                 self.write()
-        print(f"to go on with this run: {go_on(self.path, self.record)}")
+        print(f"to go on with this run: {command('--resume', self.path)}")
 
     def write(self):
         """Write run.json and the pages."""
@@ -2667,18 +2624,6 @@ def epoch_line(epoch, epochs):
         line += f"  hold-out {epoch['holdout_loss']:.4f}  MaxF {epoch['MaxF']:.2f}"
         line += f"  IoU {epoch['IoU']:.2f}"
     return line + f"  {epoch['seconds']:.0f} s"
-
-
-def best_epoch(history):
-    """Return the epoch of the highest MaxF; without a hold-out the last, or None."""
-    keys = [(epoch.get("MaxF", epoch["epoch"]), -epoch["epoch"]) for epoch in history]
-    return -max(keys)[1] if keys else None
-
-
-def copy_weights(variables, values):
-    """Assign `values` to `variables`, one by one."""
-    for variable, value in zip(variables, values):
-        variable.assign(value)
 
 
 def check_finite(model):
@@ -2737,7 +2682,7 @@ def read_weights_facts(path, classes):
 
 
 def load_weights(model, path):
-    """Load a run's best weights; raise ProgramError if they are not of this network."""
+    """Load a run's weights; raise ProgramError if they are not of this network."""
     path = find_weights(path)
     print(f"reading {path}")
     with blaming(path, "weights of this FCN-8s", f"name a run's {WEIGHTS}"):
@@ -2793,20 +2738,15 @@ def restore(state, run_dir):
             print(error)
     raise ProgramError(
         f"{run_dir / CHECKPOINTS}: no checkpoint can be restored: begin a new run"
-        + f", from its best weights with --weights {run_dir}"
-        * (run_dir / WEIGHTS).exists()
+        + f", from its weights with --weights {run_dir}" * (run_dir / WEIGHTS).exists()
     )
 
 
 def write_checkpoint(state, run_dir, number):
-    """Write `state`, from which a run goes on to the same bits; keep the newest two.
-
-    It holds the best weights too, so that weights, history and step belong together,
-    whichever file a power cut left as the last.
-    """
+    """Write `state`, from which a run goes on to the same bits; keep the newest two."""
     folder = run_dir / CHECKPOINTS
     path = folder / f"ckpt-{number}"
-    size = 16 * state.model.count_params() + 10**6
+    size = 12 * state.model.count_params() + 10**6  # with Adam's two moments
     need_space(folder, size, "a checkpoint")
     print(f"writing {CHECKPOINTS}/{path.name}: {size / 1e6:,.0f} MB")
     try:
@@ -2897,7 +2837,6 @@ th {{ font-weight: 600 }} th:first-child, .left {{ text-align: left }}
 @media (max-width: 70rem) {{ .hint {{ display: block }} }}
 svg text {{ font-size: 13px; fill: currentColor }} .end {{ text-anchor: end }}
 .middle {{ text-anchor: middle }} .grid {{ stroke: var(--faint) }}
-.best {{ fill: color-mix(in srgb, CanvasText 13%, transparent) }}
 polyline {{ fill: none; stroke-width: 2; stroke-linejoin: round }}
 circle {{ stroke: Canvas; stroke-width: 1.5 }}
 .c0 {{ --c: var(--c0) }} .c1 {{ --c: var(--c1) }} .c2 {{ --c: var(--c2) }}
@@ -2946,13 +2885,13 @@ def state_of(record):
     return state if state in STATES else STATES[3 if record["finished"] else 1]
 
 
-def best_measures(record):
+def latest_measures(record):
     """Return MaxF and IoU in percent, and how they were measured; or {} and why not."""
     if measures := record["scores"].get("image", {}).get("urban"):
         return measures, "hold-out at its own size"
-    for epoch in record["history"]:
-        if epoch["epoch"] == record["best_epoch"] and "MaxF" in epoch:
-            return epoch, "hold-out at the network's size, not yet scored at its own"
+    if record["history"] and "MaxF" in record["history"][-1]:
+        source = "hold-out at the network's size, not yet scored at its own"
+        return record["history"][-1], source
     return {}, "no hold-out image is scored"
 
 
@@ -3012,22 +2951,15 @@ def value_axis(title, values, log=False):
     return Axis(title, ticks, ticks[0], ticks[-1], log)
 
 
-def plot(title, lines, across, up, marks=(), best=None):
+def plot(title, lines, across, up, marks=()):
     """Return a figure of {name: [(x, y), ...]} on two axes.
 
-    `marks` are dots (x, y, name, words to hover); `best`, an epoch, gets a band that is
-    wider than its dots. What leaves the axes is cut off.
+    `marks` are dots (x, y, name, words to hover). What leaves the axes is cut off.
     """
     left, top, right, bottom = 62, 26, 464, 220
     text = '<text x="{:.0f}" y="{:.0f}" class="{}">{}</text>'.format
     colours = {name: f"c{index % 5}" for index, name in enumerate(lines)}
     parts = []
-    if best is not None:
-        x = float(across.place(best, left, right))
-        half = np.clip(0.4 * (right - left) / (across.high - across.low), 5, 26)
-        box = f'x="{x - half:.1f}" y="{top}" width="{2 * half:.1f}"'
-        parts.append(f'<rect class="best" {box} height="{bottom - top}"/>')
-        parts.append(text(np.clip(x, 95, 440), top - 8, "middle", f"best: {best}"))
     for y, label in zip(up.place(up.ticks, bottom, top), up.labels()):
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
         parts.append(text(left - 7, y + 4, "end", label))
@@ -3058,7 +2990,7 @@ def plot(title, lines, across, up, marks=(), best=None):
     )
 
 
-def chart(title, lines, best, log=False):
+def chart(title, lines, log=False):
     """Return a figure of {name: [(epoch, value), ...]}, few points with dots."""
     last = max(epoch for line in lines.values() for epoch, _ in line)
     step = next(int(step) for step in ROUND if step >= max(last / 8, 1))
@@ -3071,7 +3003,7 @@ def chart(title, lines, best, log=False):
         for epoch, value in line
         if len(line) <= 25
     ]
-    return plot(title, lines, across, up, marks, best)
+    return plot(title, lines, across, up, marks)
 
 
 def recall_chart(curves, kinds):
@@ -3097,17 +3029,15 @@ def recall_chart(curves, kinds):
 
 def cards(record):
     """Return the largest figures of a run: [(name, value, explanation), ...]."""
-    measures, source = best_measures(record)
+    measures, source = latest_measures(record)
     done, epochs = len(record["history"]), record["config"]["epochs"]
     maxf = f"{measures['MaxF']:.2f} %" if measures else "–"
     iou = f"{measures['IoU']:.2f} %" if measures else "–"
-    best = "that of the largest MaxF" if measures else "the last, without hold-out"
-    best += f"; {done} of {epochs} done"
     memory = f"{(record.get('peak_memory') or 0) / 1e9:.2f} GB"
     return [
         ("MaxF", maxf, f"{MEASURES['MaxF']}; {source}"),
         ("IoU", iou, f"{MEASURES['IoU']}, at MaxF's threshold"),
-        ("Best epoch", record["best_epoch"] or "–", best),
+        ("Epochs", f"{done} of {epochs}", "passes over the training images"),
         ("Duration", clock(record.get("seconds")), "hours, all sessions"),
         ("Peak memory", memory, "of the GPU, else of the program"),
     ]
@@ -3135,7 +3065,7 @@ def headline(run_dir, record):
         body.append(f"<small>This page reloads itself every {RELOAD} s.</small>")
     body.append("</p>")
     if state in ("stopped", "failed"):
-        again = html.escape(go_on(run_dir, record))
+        again = html.escape(command("--resume", run_dir))
         body.append(f"<p>To go on with it: <code>{again}</code></p>")
     body.append('<dl class="cards">')
     for name, value, why in cards(record):
@@ -3185,7 +3115,7 @@ CHARTS = (  # title, {line: what it shows of an epoch's record}, whether up is l
 
 
 def training_section(record):
-    """Return the curves over the epochs; the best one has a band."""
+    """Return the curves over the epochs."""
     charts = []
     for title, fields, log in CHARTS:
         lines = {}
@@ -3194,9 +3124,9 @@ def training_section(record):
             if known:
                 lines[name] = [(epoch["epoch"], epoch[field]) for epoch in known]
         if lines:
-            charts.append(chart(title, lines, record["best_epoch"], log))
-    head = '<h2>Training</h2><p class="dim">The band is the best epoch; the hold-out is'
-    head += " measured at the network's size here, without the mirror image.</p>"
+            charts.append(chart(title, lines, log))
+    head = '<h2>Training</h2><p class="dim">The hold-out is measured at the network\'s'
+    head += " size here, without the mirror image.</p>"
     return [head, '<div class="charts">', *charts, "</div>"]
 
 
@@ -3310,7 +3240,7 @@ def overview_row(path):
     """Return when a run started and its cells; raises whatever a damage leads to."""
     record = read_run(path)
     config, state = record["config"], state_of(record)
-    measures, _ = best_measures(record)
+    measures, _ = latest_measures(record)
     unsure = "" if "AP" in measures else "~"
     done, vgg = len(record["history"]), {"downloaded": "VGG-16"}
     changed = [name for name in differing(record) if name not in NO_REMARK]

@@ -78,7 +78,7 @@ class Config:
     name: Annotated[str, None, "of the folder in there (the time)"] = None
     resume: Annotated[Path, None, "folder of the run to go on with"] = None
     checkpoint_minutes: Annotated[float, Range(0), "between checkpoints"] = 5.0
-    weights: Annotated[Path, None, "a run or its best.weights.h5 to start from"] = None
+    weights: Annotated[Path, None, "a run or its fcn8s.weights.h5 to start from"] = None
     predict: Annotated[list, None, "images, folders and videos to segment"] = None
     export: Annotated[Path, None, "new folder for a SavedModel"] = None
     submission: Annotated[bool, None, "write the benchmark's zip"] = False
@@ -471,8 +471,8 @@ def optimize(model, learning_rate, vgg_factor=1.0, seed=0, device=None):
     Adam learns the decoder at `learning_rate`, a number or a schedule of Keras, and
     VGG-16 at `vgg_factor` times that; see TrainStep. Dropout's masks are a function of
     `seed` and the step. Beside model, optimizer and step the state has `epoch`, the
-    number of epochs that are over; `totals` of the open one, over its steps: loss, L2,
-    gradient norm, seconds; and the `best` weights.
+    number of epochs that are over, and `totals` of the open one, over its steps: loss,
+    L2, gradient norm, seconds.
     """
     device = device or helper.Device()
     variables = model.trainable_variables
@@ -489,16 +489,13 @@ def optimize(model, learning_rate, vgg_factor=1.0, seed=0, device=None):
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         optimizer.build(variables)
     train_step = TrainStep(model, optimizer, seed, device)
-    with tf.device("CPU"):  # a second set of weights would crowd a GPU
-        best = [tf.Variable(tf.convert_to_tensor(v)) for v in variables]
-        state = tf.train.Checkpoint(
-            model=model,
-            optimizer=optimizer,
-            step=train_step.step,
-            epoch=tf.Variable(0, dtype=tf.int64),
-            totals=tf.Variable(tf.zeros(4, tf.float64)),
-            best=best,
-        )
+    state = tf.train.Checkpoint(
+        model=model,
+        optimizer=optimizer,
+        step=train_step.step,
+        epoch=tf.Variable(0, dtype=tf.int64),
+        totals=tf.Variable(tf.zeros(4, tf.float64)),
+    )
     return train_step, state
 
 
@@ -700,7 +697,8 @@ def run(config):
         if this_run.to_train:
             train(config, this_run, train_step, model)
         if device.chief:
-            this_run.use_best()
+            if not config.epochs:
+                this_run.write_weights()
             this_run.score()
             helper.save_inference_samples(
                 this_run.path, predictor, split.test, config.submission

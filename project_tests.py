@@ -2017,9 +2017,9 @@ class Program(Case):
         return json.loads((self.run_dirs()[-1] / "run.json").read_text())
 
     def trained(self, run_dir):
-        """Return the small model with the best weights of a run."""
+        """Return the small model with the weights of a run."""
         model, _ = small_model()
-        model.load_weights(run_dir / "best.weights.h5")
+        model.load_weights(run_dir / "fcn8s.weights.h5")
         return model
 
     def outcome(self, run_dir):
@@ -2033,7 +2033,7 @@ class Program(Case):
             self.assertGreater(epoch.pop("images_per_second"), 0)
         return {
             "weights": [w.numpy().tobytes() for w in model.trainable_variables],
-            **{name: record[name] for name in ("history", "best_epoch", "scores")},
+            **{name: record[name] for name in ("history", "scores")},
             **{path.name: path.read_bytes() for path in run_dir.rglob("*.png")},
         }
 
@@ -2064,7 +2064,7 @@ class Run(Program):
         tests = ["um_000000.png", "umm_000000.png", "uu_000000.png"]
         holdout = [f"{kind}_road_000005.png" for kind in ("um", "umm", "uu")]
         self.assertEqual(self.files(run_dir / "holdout"), holdout)
-        names = {"best.weights.h5", "run.json", "holdout", *tests}
+        names = {"fcn8s.weights.h5", "run.json", "holdout", *tests}
         names |= {"index.html", "progress.gif", "errors", "thumbnails"}
         self.assertEqual({path.name for path in run_dir.iterdir()}, names)
         run = json.loads((run_dir / "run.json").read_text())
@@ -2074,14 +2074,12 @@ class Run(Program):
         self.assertEqual(run["data"], {"training": 15, "holdout": 3, "test": 3})
         self.assertEqual(run["versions"]["tensorflow"], tf.__version__)
         self.assertEqual([epoch["step"] for epoch in run["history"]], [3, 6])
-        best = max(run["history"], key=lambda epoch: epoch["MaxF"])
-        self.assertEqual(run["best_epoch"], best["epoch"])
         for epoch in run["history"]:
             self.assertIn(f"MaxF {epoch['MaxF']:.2f}", output)
         self.assertIn("an epoch takes about", output)
         self.assertIn(str(run_dir), output)
 
-    def test_the_weights_are_those_of_the_best_epoch(self):
+    def test_the_weights_are_those_of_the_last_epoch(self):
         scores = map(scored, [50, 90, 70])
         weights = []
 
@@ -2100,14 +2098,11 @@ class Run(Program):
         self.assertEqual(self.main("--epochs", "3")[0], 0)
         (run_dir,) = self.run_dirs()
         model = self.trained(run_dir)
-        for ours, theirs, shown in zip(model.weights, weights[1], used):
+        for ours, theirs, shown in zip(model.weights, weights[2], used):
             if "seed_generator" not in ours.path:
                 np.testing.assert_array_equal(ours, theirs)
                 np.testing.assert_array_equal(shown, theirs)
         self.assertFalse(np.array_equal(weights[1][0], weights[2][0]))
-        self.assertEqual(
-            json.loads((run_dir / "run.json").read_text())["best_epoch"], 2
-        )
         path = self.folder / "data/data_road/testing/image_2/um_000000.png"
         image = helper.read_image(path)
         road = predict_road(model, image[None])[0]
@@ -2145,14 +2140,14 @@ class Run(Program):
         expected = ["20261122-141500", "20261122-141500-2", "20261122-141500-3"]
         self.assertEqual(names, expected)
 
-    def test_without_holdout_it_trains_on_all_and_the_last_is_best(self):
+    def test_without_holdout_it_trains_on_all_and_scores_nothing(self):
         code, output, _ = self.main("--holdout-fraction", 0, "--keep-prob", 1)
         self.assertEqual(code, 0)
         self.assertIn("no hold-out", output)
         (run_dir,) = self.run_dirs()
         run = json.loads((run_dir / "run.json").read_text())
         self.assertEqual(run["data"]["training"], 18)
-        self.assertEqual((run["best_epoch"], run["scores"]), (2, {}))
+        self.assertEqual(run["scores"], {})
         self.assertNotIn("MaxF", run["history"][0])
 
     def test_the_demo_draws_its_own_data_and_settings_win_over_its_own(self):
@@ -2243,9 +2238,11 @@ class Run(Program):
             self.assert_refused(1, said="a run takes .* MB")
         full = OSError("Can't write data (time = Sun Nov 22\n, errno = 28)")  # h5py's
         with mock.patch.object(keras.Model, "save_weights", side_effect=full):
-            self.assert_refused(
-                1, said="h5: Can't write data .* errno = 28.: make room"
-            )
+            said = "h5: Can't write data .* errno = 28.: make room"
+            self.assert_line(self.main(), said)
+        record = self.record()  # the epochs are kept
+        self.assertEqual((record["state"], len(record["history"])), ("failed", 2))
+        shutil.rmtree(self.folder / "runs")
         full = OSError(28, "No space left on device")
         with mock.patch.object(helper.os, "replace", side_effect=full):
             self.assert_refused(1, said="No space left on device: make room")
@@ -2270,7 +2267,7 @@ class Run(Program):
         ):
             self.assertEqual(self.stopped(4, self.main)[0], 143)
         (run_dir,) = self.run_dirs()
-        files = [*run_dir.glob("run.json"), *run_dir.glob("best.weights.h5")]
+        files = [*run_dir.glob("run.json"), *run_dir.glob("fcn8s.weights.h5")]
         files += run_dir.glob("checkpoint/ckpt-*")
         self.assertEqual(len(files), 4, files)
         for path in files:
@@ -2284,7 +2281,7 @@ class Run(Program):
         self.assertRegex(errors, r"^out of memory: lower --batch-size.*\n$")
         (run_dir,) = self.run_dirs()
         here = sorted(path.name for path in run_dir.iterdir())
-        names = ["best.weights.h5", "checkpoint", "index.html", "progress.gif"]
+        names = ["checkpoint", "fcn8s.weights.h5", "index.html", "progress.gif"]
         self.assertEqual(here, [*names, "run.json"])
         self.assertFalse(json.loads((run_dir / "run.json").read_text())["finished"])
 
@@ -2294,13 +2291,15 @@ class Run(Program):
         code, output, errors = self.main()
         self.assertEqual((code, errors), (1, "the hold-out loss is nan\n"))
         (run_dir,) = self.run_dirs()
-        self.assertIn(
-            f"go on with this run: python main.py --weights {run_dir}", output
-        )
-        self.trained(run_dir)
+        self.assertIn(f"go on with this run: python main.py --resume {run_dir}", output)
+        self.assertFalse((run_dir / "fcn8s.weights.h5").exists())  # they may be nan
         record = self.record()
         self.assertEqual((record["state"], len(record["history"])), ("failed", 1))
         self.assertIn("30.00 %", (run_dir / "index.html").read_text("utf-8"))
+        self.patch(main, "evaluate", lambda *args: scored(40))
+        self.assertEqual(self.resume()[0], 0)  # from the start
+        maxf = [epoch["MaxF"] for epoch in self.record()["history"]]
+        self.assertEqual(maxf, [40, 40])
 
     def test_what_cannot_be_is_said_before_anything_is_downloaded(self):
         for name in "maybe_download_kitti_road", "prepare_device":
@@ -2450,7 +2449,7 @@ class Score(Program):
             bars.append(plain(items, *args, **kwargs | {"disable": False}))
             return bars[-1]
 
-        weights = self.reuse() / "best.weights.h5"
+        weights = self.reuse() / "fcn8s.weights.h5"
         self.patch(helper, "tqdm", bar)
         code, _, errors = self.main("--epochs", 0, "--weights", weights)
         self.assertEqual(code, 0)
@@ -2463,7 +2462,7 @@ class Score(Program):
         self.assertNotIn("overlays", errors)
 
     def test_trained_weights_are_scored_without_training(self):
-        weights = self.reuse() / "best.weights.h5"
+        weights = self.reuse() / "fcn8s.weights.h5"
         self.patch(helper, "maybe_download_pretrained_vgg", None)
         arguments = "--epochs", 0, "--vgg", "downloaded", "--weights", weights
         code, output, errors = self.main(*arguments)
@@ -2701,7 +2700,7 @@ class Resume(Program):
             errors, "^.*no checkpoint can be restored: begin a new run.*\n$"
         )
 
-    def test_the_best_weights_are_those_of_the_checkpoint_that_counts(self):
+    def test_weights_come_with_a_checkpoint_and_history_goes_back_with_it(self):
         seen = []
 
         def evaluate(model, *args, **kwargs):
@@ -2713,13 +2712,13 @@ class Resume(Program):
         self.patch(main, "evaluate", evaluate)
         self.main("--epochs", 3, "--checkpoint-minutes", 0)
         (run_dir,) = self.run_dirs()
-        self.assertEqual(self.record()["best_epoch"], 2)
+        self.assertEqual(len(self.record()["history"]), 2)
+        model = self.trained(run_dir)
+        for ours, theirs in zip(model.trainable_variables, seen[1]):
+            np.testing.assert_array_equal(ours, theirs)
         (run_dir / "checkpoint/ckpt-2.index").write_bytes(b"damaged")
         self.assert_line(self.resume(), "as if it were killed")
-        self.assertEqual(self.record()["best_epoch"], 1)
-        model = self.trained(run_dir)
-        for ours, theirs in zip(model.trainable_variables, seen[0]):
-            np.testing.assert_array_equal(ours, theirs)
+        self.assertEqual(len(self.record()["history"]), 1)
 
     def test_at_most_two_checkpoints_are_kept(self):
         counts = []
@@ -2735,10 +2734,7 @@ class Resume(Program):
             written = write.call_count
             self.assertEqual(self.main()[0], 0)  # every 5 minutes
         self.assertEqual(counts, [0, 1, 2, 2, 2] + [0, 0])
-        record = json.loads((self.run_dirs()[0] / "run.json").read_text())
-        scores = [epoch["MaxF"] for epoch in record["history"]]
-        better = [x > max(scores[:at], default=-1) for at, x in enumerate(scores)]
-        self.assertEqual(written, sum(better))
+        self.assertEqual(written, 5)  # with each of four, and at the end
 
     def test_a_resume_removes_what_a_kill_left_and_all_but_two_checkpoints(self):
         run_dir = self.reuse("--checkpoint-minutes", 0, until=5)
@@ -2751,7 +2747,7 @@ class Resume(Program):
 
     def test_a_checkpoint_is_all_that_a_resume_needs(self):
         weights = self.folder / "trained.weights.h5"
-        shutil.move(self.reuse() / "best.weights.h5", weights)
+        shutil.move(self.reuse() / "fcn8s.weights.h5", weights)
         self.assertEqual(self.stopped(4, self.main, "--weights", weights)[0], 143)
         weights.unlink()
         self.assertEqual(self.resume()[0], 0)
@@ -2770,17 +2766,17 @@ class Resume(Program):
         run_dir = self.reuse()
         image = next((self.folder / "data").rglob("*.png"))
         _, output, _ = self.main("--weights", run_dir, "--epochs", 0)
-        self.assertIn(f"reading {run_dir}/best.weights.h5\n", output)
+        self.assertIn(f"reading {run_dir}/fcn8s.weights.h5\n", output)
         runs = "--runs-dir", self.folder / "runs"
         _, output, _ = self.call("--weights", run_dir, "--predict", image, *runs)
-        self.assertRegex(output, f"building the network\nreading {run_dir}/best")
+        self.assertRegex(output, f"building the network\nreading {run_dir}/fcn8s")
 
     def test_a_finished_run_is_left_as_it_is(self):
         run_dir = self.reuse()
         before = [(path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")]
         code, output, errors = self.resume()
         self.assertEqual((code, errors), (0, ""))
-        self.assertIn(f"is finished; its weights are {run_dir}/best", output)
+        self.assertIn(f"is finished; its weights are {run_dir}/fcn8s", output)
         after = [(path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")]
         self.assertEqual(before, after)
         record = (run_dir / "run.json").read_bytes()
@@ -2977,7 +2973,7 @@ class Damaged(Program):
             checkpoint / ".part.ckpt-3",
             run_dir / ".part.run.json",
             run_dir / ".part.index.html",
-            run_dir / ".part.best.weights.h5",
+            run_dir / ".part.fcn8s.weights.h5",
         ]
         for path in left:
             path.write_bytes(b"left")
@@ -3022,7 +3018,6 @@ class Damaged(Program):
             return write(state, path)
 
         names = "record", "saved_progress", "saved_time", "checkpoint_number"
-        names += ("weights_epoch",)
         self.patch(keras.Model, "save_weights", weights_by_python)
         self.patch(tf.train.Checkpoint, "write", checkpoint_by_python)
         self.patch(helper.Run, "score", mock.Mock())  # of no matter here
@@ -3388,7 +3383,7 @@ class Use(Program):
 
     def setUp(self):
         super().setUp()
-        self.weights = self.reuse("--epochs", 0) / "best.weights.h5"
+        self.weights = self.reuse("--epochs", 0) / "fcn8s.weights.h5"
         self.model = self.trained(self.weights.parent)
         self.noise = np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8)
         bias = self.model.get_layer("score_fc7").bias
@@ -3566,7 +3561,7 @@ class Use(Program):
             result = self.use("--predict", self.folder, setting)
             self.assert_line(result, f"{setting.partition('=')[0]} does not go with", 2)
         result = self.call("--weights", self.folder, "--predict", self.folder)
-        self.assert_line(result, "no such file: name a run's folder or its best.weigh")
+        self.assert_line(result, "no such file: name a run's folder or its fcn8s.weig")
         code, _, errors = self.call("--predict", self.folder)
         self.assertEqual(code, 2)
         self.assertIn("need --weights", errors)
@@ -3592,7 +3587,7 @@ class Use(Program):
             )
         self.model.save_weights(self.folder / "older.weights.h5")
         self.weights = self.folder / "older.weights.h5"
-        said = "older.weights.h5: not .*does not say its input size.*: name the best"
+        said = "older.weights.h5: not .*does not say its input size.*: name the fcn"
         self.assert_line(self.use("--predict", images), said)
 
     def test_an_export_to_a_name_that_is_not_utf_8_is_refused(self):
@@ -3680,7 +3675,7 @@ def a_record(**changes):
         "uu_000002": {"category": "uu", "IoU50": 40.25, "missed": 33.5, "false": 2.5},
         "um_000003": {"category": "um", "IoU50": 70.0, "missed": 3.0, "false": 4.0},
     }
-    record = {"finished": True, "state": "finished", "seconds": 3725.4, "best_epoch": 3}
+    record = {"finished": True, "state": "finished", "seconds": 3725.4}
     record |= {"trained": True}
     record |= {"started": "2026-11-24 13:00:05", "updated": "2026-11-24 14:02:11"}
     record |= {"command": "python main.py --epochs 3", "peak_memory": 9_120_000_000}
@@ -3793,7 +3788,7 @@ class RunPage(Folder):
             "78.90 %",
             "1:02:05",
             "9.12 GB",
-            "Best epoch3",
+            "Epochs3 of 3",
             "at MaxF's",
         ):
             self.assertIn(words, cards)
@@ -3812,23 +3807,20 @@ class RunPage(Folder):
             refresh = [a["content"] for a, _ in page.all("meta") if "http-equiv" in a]
             self.assertEqual(refresh, ["30"] * (state == "running"))
             self.assertEqual("--resume" in page.text, state in ("stopped", "failed"))
-        page = self.page(state="failed", trained=False)  # and no checkpoint is there
-        self.assertIn("go on with it: python main.py --weights", page.text)
 
-    def test_a_run_without_scores_shows_the_best_epoch_and_one_without_any_nothing(
+    def test_a_run_without_scores_shows_the_last_epoch_and_one_without_any_nothing(
         self,
     ):
-        page = self.page(scores={}, holdout={}, curves={}, best_epoch=2)
+        page = self.page(scores={}, holdout={}, curves={}, history=epochs(2))
         cards = page.all("dl", "cards")[0][1]
         self.assertIn("80.00 %", cards)
         self.assertIn("70.00 %", cards)
         self.assertIn("at the network's size", cards)
         for history in [], [{"epoch": 1, "step": 9, "loss": 0.5, "gradient_norm": 2.0}]:
-            best = len(history) or None
-            page = self.page(scores={}, holdout={}, history=history, best_epoch=best)
+            page = self.page(scores={}, holdout={}, history=history)
             cards = page.all("dl", "cards")[0][1]
             self.assertIn("MaxF–", cards)
-            self.assertIn(f"Best epoch{best or '–'}", cards)
+            self.assertIn(f"Epochs{len(history)} of 3", cards)
             self.assertEqual(len(page.all("polyline")), 2 * len(history))
         old = a_record()
         new = "state", "started", "updated", "seconds", "peak_memory", "command"
@@ -3846,20 +3838,14 @@ class RunPage(Folder):
             self.assertIn(f"{value:.2f}" if name != "images" else "2", bev)
         self.assertIn("from above", page.text)
 
-    def test_one_epoch_is_a_dot_beside_which_the_band_of_the_best_ends(self):
-        page = self.page(history=epochs(1), best_epoch=1, curves={})
+    def test_one_epoch_is_a_dot(self):
+        page = self.page(history=epochs(1), curves={})
         dots = [a for a, _ in page.all("circle")]
         self.assertEqual(len(dots), 6)  # two losses, two shares, rate, norm
-        bands = [a for a, _ in page.all("rect", "best")]
-        self.assertEqual(len(bands), 4)
-        left, width = float(bands[0]["x"]), float(bands[0]["width"])
         axis = float(page.all("path", "grid")[0][0]["d"][1:].split()[0])
-        self.assertGreater(left, axis)
         for dot in dots:
-            x, radius = float(dot["cx"]), float(dot["r"])
-            self.assertGreaterEqual(radius, 4)
-            self.assertLess(left + 2, x - radius)
-            self.assertLess(x + radius, left + width - 2)
+            self.assertGreaterEqual(float(dot["r"]), 4)
+            self.assertGreater(float(dot["cx"]) - float(dot["r"]), axis)
 
     def test_tick_labels_are_apart_and_differ(self):
         cases = [(0.5,), (0.0,), (0.001, 0.0009), (96.1, 96.1001), (1e-7, 1e20)]
@@ -3870,7 +3856,7 @@ class RunPage(Folder):
                 if max(values) > 1e9 and not log:
                     continue
                 line = [(index + 1, value) for index, value in enumerate(values)]
-                svg = Elements(helper.chart("t", {"a": line}, 1, log))
+                svg = Elements(helper.chart("t", {"a": line}, log))
                 texts = [(float(a["x"]), float(a["y"]), a["class"], words)
                          for a, words in svg.all("text")]  # fmt: skip
                 up = [(y, words) for _, y, kind, words in texts if kind == "end"][:-1]
@@ -3891,7 +3877,7 @@ class RunPage(Folder):
 
     def test_curves_are_drawn_to_scale(self):
         for log, values in (False, (50, 100, 75)), (True, (1, 0.01, 0.1)):
-            svg = helper.chart("t", {"a": list(zip((1, 2, 3), values))}, 2, log)
+            svg = helper.chart("t", {"a": list(zip((1, 2, 3), values))}, log)
             points = re.search('points="([^"]+)"', svg)[1].split()
             x, y = np.array([point.split(",") for point in points], float).T
             np.testing.assert_allclose(np.diff(x, 2), 0, atol=0.11)
@@ -4036,7 +4022,7 @@ class Overview(Folder):
         self.write("20261124-130005", a_record())
         other = {"batch_size": 10, "epochs": 40, "weights": "a/b.h5", "xla": True}
         self.write(
-            "my best",
+            "my run",
             a_record(
                 state="stopped",
                 finished=False,
@@ -4055,7 +4041,7 @@ class Overview(Folder):
         self.assertEqual(
             rows,
             [
-                ["my best", "stopped", "2026-12-01 00:00", "~83.33", "~73.33"]
+                ["my run", "stopped", "2026-12-01 00:00", "~83.33", "~73.33"]
                 + ["3 of 40", "10", "576x160", "a/b.h5", "1:02:05", "l2 0.5, xla yes"],
                 ["20261130-000000", "stopped", "", "87.65", "78.90", "3", "5"]
                 + ["576x160", "VGG-16", "", "defaults not recorded"],
@@ -4064,7 +4050,7 @@ class Overview(Folder):
             ],
         )
         links = [a["href"] for a, _ in page.all("a")]
-        self.assertEqual(links[0], "my%20best/index.html")
+        self.assertEqual(links[0], "my%20run/index.html")
         self.assertEqual(links[2], "20261124-130005/index.html")
         self.assertEqual(len(page.all("td")), 3 * len(page.all("th")))
         self.assertIn(helper.MEASURES["MaxF"], page.text)
@@ -4169,7 +4155,7 @@ class Report(Program):
         self.assertEqual(result[0], 143)
         page = self.page()
         self.assertTrue(page.all("span", "stopped"))
-        self.assertIn("1 of 2 done", page.text)
+        self.assertIn("Epochs1 of 2", page.text)
         self.assertIn("progress.gif", [a["src"] for a, _ in page.all("img")])
         self.assertEqual(self.resume()[0], 0)
         self.assertTrue(self.page().all("span", "finished"))
@@ -4347,7 +4333,7 @@ STAGES = {  # of the default job: what is waited for, and whose time it is
     "epoch ends: hold-out": (main, "evaluate"),
     "epoch ends: followed image": (helper.Run, "keep_frame"),
     "epoch ends: run.json and pages": (helper, "write_run"),
-    "best weights": (helper, "write_weights"),
+    "weights": (helper, "write_weights"),
     "checkpoints": (helper, "write_checkpoint"),
     "scoring": (helper.Run, "score"),
     "overlays": (helper, "save_inference_samples"),
