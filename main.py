@@ -97,7 +97,7 @@ GROUPS = {  # of --help, by their first setting
     "submission": "submit to the benchmark",
 }
 DEMO = {  # its defaults
-    "epochs": 6,
+    "epochs": 4,
     "image_height": 64,
     "image_width": 192,
     "keep_prob": 1.0,
