@@ -2102,6 +2102,8 @@ def score_holdout(run_dir, predictor, holdout):
         for plane, groups in pooled.items()
     }
     need_both_classes(sums["image"]["urban"].sum(axis=1), "hold-out")
+    if not sums["bev"]:
+        print("no hold-out image has a calibration: no scores in the bird's-eye view")
     for plane, groups in sums.items():
         for kind, histogram in list(groups.items()):
             if not histogram.sum(axis=1).all():
@@ -2154,8 +2156,8 @@ def score_rows(kinds):
 def print_scores(planes):
     """Print the scores of score_holdout, in at most 100 columns."""
     for plane, kinds in planes.items():
-        nothing = "" if kinds else ": no hold-out image has a calibration"
-        print(PLANES[plane] + nothing)
+        if kinds:
+            print(PLANES[plane])
         for first, *cells in score_rows(kinds):
             short = {"threshold": "thresh.", "accuracy": "acc."}
             cells = (short.get(cell, cell) for cell in cells)

@@ -2493,9 +2493,13 @@ class Score(Program):
             red = np.zeros((*label.shape, 3), np.uint8)
             red[..., 0] = 255
             Image.fromarray(red).save(path)
+        self.patch(helper, "read_homography", lambda path: np.eye(3))
+        self.patch(helper, "birds_eye", lambda x, cells, void: np.full_like(x, void))
         code, output, _ = self.main("--epochs", 0)
         self.assertEqual(code, 0)
         self.assertIn("uu, image plane: one class only, no score of its own", output)
+        self.assertIn("urban, bird's-eye view: one class only", output)
+        self.assertNotIn("has a calibration", output)
         image = self.record()["scores"]["image"]
         self.assertEqual({k: v["images"] for k, v in image.items()}, self.counted())
 
