@@ -2567,17 +2567,21 @@ class Run:
         """Record how the run ended; remove its folder where nothing came of it."""
         with contextlib.suppress(Exception):
             self.wait_for_writer()
-        there = (self.path / WEIGHTS).exists() or find_checkpoints(self.path)
+        weights = (self.path / WEIGHTS).exists()
+        there = weights or find_checkpoints(self.path)
         if not (self.config.resume or there or self.record["history"]):
             shutil.rmtree(self.path, ignore_errors=True)
             write_overview(self.path.parent)
             return
+        stopped = isinstance(error, KeyboardInterrupt)
         if self.may_write:
-            stopped = isinstance(error, KeyboardInterrupt)
             self.record["state"] = "stopped" if stopped else "failed"
             with contextlib.suppress(OSError):
                 self.write()
-        print(f"to go on with this run: {command('--resume', self.path)}")
+        how = "go on with this run" if there else "begin this run again"
+        print(f"to {how}: {command('--resume', self.path)}")
+        if weights and not stopped:
+            print(f"with other settings: {train_on(self.path, self.record)}")
 
     def write(self):
         """Write run.json and the pages."""

@@ -2291,8 +2291,10 @@ class Run(Program):
         code, output, errors = self.main()
         self.assertEqual((code, errors), (1, "the hold-out loss is nan\n"))
         (run_dir,) = self.run_dirs()
-        self.assertIn(f"go on with this run: python main.py --resume {run_dir}", output)
-        self.assertFalse((run_dir / "fcn8s.weights.h5").exists())  # they may be nan
+        self.assertIn(
+            f"begin this run again: python main.py --resume {run_dir}", output
+        )
+        self.assertNotIn("with other settings", output)
         record = self.record()
         self.assertEqual((record["state"], len(record["history"])), ("failed", 1))
         self.assertIn("30.00 %", (run_dir / "index.html").read_text("utf-8"))
@@ -2636,6 +2638,7 @@ class Resume(Program):
                 self.assert_line(result, f"^stopped by {name}$", code)
                 output = result[1]
                 self.assertIn(f"main.py --resume {self.run_dirs()[-1]}", output)
+                self.assertNotIn("with other settings", output)
                 if steps:
                     self.assertIn(f"resumed at step {steps[-1]} of 6", output)
                 steps.append(step)
@@ -2714,8 +2717,10 @@ class Resume(Program):
             return scored(50 + len(seen))
 
         self.patch(main, "evaluate", evaluate)
-        self.main("--epochs", 3, "--checkpoint-minutes", 0)
+        output = self.main("--epochs", 3, "--checkpoint-minutes", 0)[1]
         (run_dir,) = self.run_dirs()
+        self.assertIn(f"go on with this run: python main.py --resume {run_dir}", output)
+        self.assertIn(f"other settings: python main.py --weights {run_dir}", output)
         self.assertEqual(len(self.record()["history"]), 2)
         model = self.trained(run_dir)
         for ours, theirs in zip(model.trainable_variables, seen[1]):
@@ -3815,10 +3820,12 @@ class RunPage(Folder):
     def test_a_run_without_scores_shows_the_last_epoch_and_one_without_any_nothing(
         self,
     ):
-        page = self.page(scores={}, holdout={}, curves={}, history=epochs(2))
+        history = epochs(2)
+        history[1] |= {"MaxF": 60.0, "IoU": 50.0}  # worse than the first
+        page = self.page(scores={}, holdout={}, curves={}, history=history)
         cards = page.all("dl", "cards")[0][1]
-        self.assertIn("80.00 %", cards)
-        self.assertIn("70.00 %", cards)
+        self.assertIn("60.00 %", cards)
+        self.assertIn("50.00 %", cards)
         self.assertIn("at the network's size", cards)
         for history in [], [{"epoch": 1, "step": 9, "loss": 0.5, "gradient_norm": 2.0}]:
             page = self.page(scores={}, holdout={}, history=history)
