@@ -4486,7 +4486,8 @@ def check_all(names):
             stages.add(stage)
             print(stage, flush=True)
         if not hasattr(thread, "process"):
-            thread.process = ProcessPoolExecutor(1, spawn)
+            process = ProcessPoolExecutor(1, spawn)
+            thread.process = started.enter_context(process)
         try:
             passed, left_out, failures = thread.process.submit(check, tests).result()
         except BrokenProcessPool:
@@ -4500,7 +4501,11 @@ def check_all(names):
         return passed, len(left_out)
 
     processes = min(os.cpu_count(), len(parts))
-    with ThreadPoolExecutor(max(processes, 1)) as threads:
+    # Ended here: at the interpreter's own end each might speak after the last line.
+    with (
+        contextlib.ExitStack() as started,
+        ThreadPoolExecutor(max(processes, 1)) as threads,
+    ):
         for more, out in threads.map(run, parts):
             passed, left_out = passed + more, left_out + out
     seconds = time.monotonic() - start
