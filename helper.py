@@ -233,6 +233,7 @@ def be_a_program(main):
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
         setattr(sys, name, Stream(stream))
     heed_signals(interrupt)
+    sys.unraisablehook = send_again
     warnings.filterwarnings("ignore")  # of Keras and Pillow: the program speaks itself
     if not ASKED_TO_SPEAK:  # TensorFlow takes threads that wait for a trace for traces
         tf.get_logger().setLevel(logging.ERROR)
@@ -248,6 +249,16 @@ SAME_SIGNAL = 1  # seconds in which several signals are one
 def interrupt(signum, frame):
     """End the program where it is."""
     raise Stopped(signum)
+
+
+def send_again(ignored):
+    """Send a signal again whose Stopped Python ignored: it came in a destructor."""
+    if not isinstance(ignored.exc_value, Stopped):
+        sys.__unraisablehook__(ignored)
+        return
+    later = threading.Timer(0.1, signal.raise_signal, ignored.exc_value.args)
+    later.daemon = True
+    later.start()
 
 
 class Stop(threading.Event):

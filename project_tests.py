@@ -39,6 +39,7 @@ import tracemalloc
 import unittest
 import urllib.parse
 import warnings
+import weakref
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -2572,6 +2573,13 @@ def kill_at(moment, signals):
         if condition and len(signals) > 1:
             time.sleep(TIMEOUT)  # the second one ends it
 
+    def kill_in_callback():  # where Python ignores what is raised
+        dying = set()
+        watched = weakref.ref(dying, lambda reference: kill())
+        del dying
+        for _ in range(1000):  # in steps: a thread sends it again, which wakes nobody
+            time.sleep(0.01 if watched() is None else 0)
+
     def with_kill(train_step, state):
         @functools.wraps(train_step)
         def step(*batch):
@@ -2591,6 +2599,8 @@ def kill_at(moment, signals):
         return before(main, "evaluate", kill)
     if moment == "saving":
         return before(helper, "save_inference_samples", kill)
+    if moment == "saving, in a callback":
+        return before(helper, "save_inference_samples", kill_in_callback)
     if moment == "writing":
         return mock.patch.object(tf.train.Checkpoint, "write", half_written)
     return mock.patch.object(
@@ -2655,6 +2665,7 @@ class Resume(Program):
             ("5", "15 15", 143, 4),  # the second signal ends it at once
             ("writing", "9", -9, 4),
             ("saving", "9", -9, 9),
+            ("saving, in a callback", "15", 143, 9),
         ]
         arguments, resumed = begin, []
         for moment, signals, code, step in moments:
