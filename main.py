@@ -230,6 +230,18 @@ def recorded_settings(run_dir):
 # ----------------------------------------------------------------------- network
 
 
+@tf.custom_gradient
+def product(x, kernel):
+    """Return x kernel, (N, K) times (K, M)."""
+
+    def gradients(dy):
+        # the kernel first: as a second factor it would be transposed, all of fc6
+        dx = tf.transpose(tf.matmul(kernel, dy, transpose_b=True))
+        return dx, tf.matmul(x, dy, transpose_a=True)
+
+    return tf.matmul(x, kernel), gradients
+
+
 class FullyConnected(keras.layers.Conv2D):
     """A "same" convolution of odd side, on a CPU as one matrix product.
 
@@ -241,12 +253,14 @@ class FullyConnected(keras.layers.Conv2D):
         if tf.config.list_physical_devices("GPU"):
             return super().call(x)
         side, half = self.kernel_size[0], self.kernel_size[0] // 2
-        height, width = tf.unstack(tf.shape(x)[1:3])
+        batch, height, width, _ = tf.unstack(tf.shape(x))
         x = tf.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
         places = [(row, column) for row in range(side) for column in range(side)]
         x = tf.concat([x[:, r : r + height, c : c + width] for r, c in places], axis=-1)
         kernel = tf.reshape(self.kernel, (-1, self.filters))
-        return self.activation(tf.tensordot(x, kernel, 1) + self.bias)
+        y = product(tf.reshape(x, (-1, kernel.shape[0])), kernel)
+        y = tf.reshape(y, (batch, height, width, self.filters))
+        return self.activation(y + self.bias)
 
 
 def load_vgg(vgg_path, keep_prob):
