@@ -246,8 +246,11 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTER
 SAME_SIGNAL = 1  # seconds in which several signals are one
 
 
-def interrupt(signum, frame):
-    """End the program where it is."""
+def interrupt(signum, frame, since=-math.inf):
+    """End the program where it is; a signal a moment later must not end its ending."""
+    if time.monotonic() - since < SAME_SIGNAL:
+        return
+    heed_signals(functools.partial(interrupt, since=time.monotonic()))
     raise Stopped(signum)
 
 
@@ -256,9 +259,11 @@ def send_again(ignored):
     if not isinstance(ignored.exc_value, Stopped):
         sys.__unraisablehook__(ignored)
         return
-    later = threading.Timer(0.1, signal.raise_signal, ignored.exc_value.args)
+    arguments = os.getpid(), *ignored.exc_value.args
+    later = threading.Timer(SAME_SIGNAL, os.kill, arguments)
     later.daemon = True
-    later.start()
+    with contextlib.suppress(RuntimeError):  # the program is at its end
+        later.start()
 
 
 class Stop(threading.Event):
@@ -338,15 +343,15 @@ def noting_signals(workers):
     outbox.setblocking(False)
     watch = threading.Thread(target=watch_signals, args=(inbox, stop), daemon=True)
     watch.start()
-    before = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
-    try:
-        with handling_signals(stop.note):
+    with handling_signals(stop.note):
+        before = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
+        try:
             yield stop
-    finally:
-        signal.set_wakeup_fd(before)
-        outbox.close()  # ends the watch
-        watch.join()
-        inbox.close()
+        finally:
+            signal.set_wakeup_fd(before)
+            outbox.close()  # ends the watch
+            watch.join()
+            inbox.close()
 
 
 # ------------------------------------------------------------------------- files
@@ -1862,16 +1867,23 @@ class Prediction:
 
 
 def count_packets(path):
-    """Return how many frames a video holds, decodable or not, and their seconds."""
+    """Return how many frames a video shows, decodable or not, and their seconds.
+
+    What was cut off without encoding anew is still in the file, marked as discarded.
+    """
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:V:0"]
-    command += ["-c", "copy", "-f", "null", "-"]
-    done = subprocess.run(command, capture_output=True, check=False)
+    command += ["-c", "copy", "-f", "framecrc", "-"]
+    done = subprocess.run(
+        command, capture_output=True, stdin=subprocess.DEVNULL, check=False
+    )
     said = done.stderr.decode(errors="replace")
     found = re.findall(r"frame= *(\d+).* time=(?:N/A|(\d+):(\d+):([\d.]+))", said)
     if not found:
         raise ValueError(said.strip().splitlines()[-1])
     packets, hours, minutes, seconds = (float(text or 0) for text in found[-1])
-    return int(packets), 3600 * hours + 60 * minutes + seconds
+    flags = re.findall(rb"F=0x([0-9A-F]+)", done.stdout)
+    discarded = sum(int(flag, 16) & 4 > 0 for flag in flags)  # AV_PKT_FLAG_DISCARD
+    return int(packets) - discarded, 3600 * hours + 60 * minutes + seconds
 
 
 def write_video(path, frames, size, rate):
@@ -2579,16 +2591,19 @@ class Run:
         with contextlib.suppress(Exception):
             self.wait_for_writer()
         weights = (self.path / WEIGHTS).exists()
-        there = weights or find_checkpoints(self.path)
-        if not (self.config.resume or there or self.record["history"]):
+        there = self.record["trained"] or find_checkpoints(self.path)
+        if not (self.config.resume or weights or there or self.record["history"]):
             shutil.rmtree(self.path, ignore_errors=True)
             write_overview(self.path.parent)
             return
         stopped = isinstance(error, KeyboardInterrupt)
         if self.may_write:
-            self.record["state"] = "stopped" if stopped else "failed"
+            state = "stopped" if stopped else "failed"
+            self.record |= {"finished": False, "state": state}
             with contextlib.suppress(OSError):
                 self.write()
+        elif not stopped:  # the resumed run is as it was, and the error says what to do
+            return
         how = "go on with this run" if there else "begin this run again"
         print(f"to {how}: {command('--resume', self.path)}")
         if weights and not stopped:

@@ -14,6 +14,7 @@ import atexit
 import collections
 import contextlib
 import copy
+import errno
 import fcntl
 import functools
 import hashlib
@@ -2364,6 +2365,16 @@ class Run(Program):
         self.patch(main, "train_nn", mock.Mock(side_effect=KeyboardInterrupt))
         self.assert_refused(130, said="stopped by SIGINT")
 
+    def test_a_signal_a_moment_after_another_does_not_end_its_ending(self):
+        self.patch(helper, "SAME_SIGNAL", 0.5)
+        with helper.handling_signals(helper.interrupt):
+            with self.assertRaises(helper.Stopped):
+                signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+            time.sleep(0.5)
+            with self.assertRaises(helper.Stopped):
+                signal.raise_signal(signal.SIGINT)
+
     def test_in_a_terminal_the_line_after_a_signal_is_not_glued_to_a_bar(self):
         for terminal in False, True:
             numbers = mock.Mock(recv=mock.Mock(side_effect=[b"\x02", b""]))
@@ -2588,8 +2599,7 @@ def kill_at(moment, signals):
         dying = set()
         watched = weakref.ref(dying, lambda reference: kill())
         del dying
-        for _ in range(1000):  # in steps: a thread sends it again, which wakes nobody
-            time.sleep(0.01 if watched() is None else 0)
+        time.sleep(TIMEOUT / 60 if watched() is None else 0)
 
     def with_kill(train_step, state):
         @functools.wraps(train_step)
@@ -2723,11 +2733,36 @@ class Resume(Program):
         shutil.copytree(whole, run_dir)
         for path in folder.glob("*.index"):
             path.write_bytes(b"damaged")
-        code, _, errors = self.resume()
-        self.assertEqual(code, 1)
-        self.assertRegex(
-            errors, "^.*no checkpoint can be restored: begin a new run.*\n$"
-        )
+        result = self.resume()
+        self.assert_line(result, "no checkpoint can be restored: begin a new run")
+        self.assertNotIn("--resume", result[1])  # which would end the same way
+
+    def test_without_a_checkpoint_it_does_not_say_that_the_run_goes_on(self):
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with mock.patch.object(tf.train.Checkpoint, "write", side_effect=full):
+            result = self.main("--checkpoint-minutes", 0)
+        self.assert_line(result, "No space left on device: make room")
+        self.assertIn("to begin this run again: python main.py --resume", result[1])
+        self.assertIn("with other settings: python main.py --weights", result[1])
+        code, output, _ = self.resume()
+        self.assertEqual(code, 0)
+        self.assertIn("resumed at step 0 of 6", output)
+
+    def test_a_signal_at_the_very_end_leaves_a_run_that_is_not_finished(self):
+        finish = helper.Run.finish
+
+        def stopped(run):
+            finish(run)
+            raise helper.Stopped(signal.SIGTERM)
+
+        with mock.patch.object(helper.Run, "finish", stopped):
+            self.assert_line(self.main(), "stopped by SIGTERM", 143)
+        record = self.record()
+        self.assertEqual((record["finished"], record["state"]), (False, "stopped"))
+        code, output, _ = self.resume()
+        self.assertEqual(code, 0)
+        self.assertIn("resumed at step 6 of 6", output)
+        self.assertEqual(self.record()["state"], "finished")
 
     def test_weights_come_with_a_checkpoint_and_history_goes_back_with_it(self):
         seen = []
@@ -3556,6 +3591,36 @@ class Use(Program):
         self.assertTrue(10 < missing < 60)
         kept = helper.count_packets(str(self.out() / "cut.mp4"))[0]
         self.assertEqual(kept, 60 - missing)
+
+    def test_a_trimmed_video_has_the_frames_that_it_shows(self):
+        whole = self.video(self.folder / "whole.mp4", rate=10, count=60)
+        path = self.folder / "trimmed.mp4"
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error"]
+        command += ["-ss", "1.8", "-i", whole, "-t", "1", "-c", "copy", path]
+        subprocess.run(command, check=True)  # from 1.0 s on, the key frame before
+        count = sum(1 for _ in imageio_ffmpeg.read_frames(str(path))) - 1
+        self.assertTrue(9 <= count <= 13)
+        self.assertEqual(self.use("--predict", path)[0], 0)
+        data, *frames = imageio_ffmpeg.read_frames(str(self.out() / "trimmed.mp4"))
+        self.assertEqual((data["fps"], len(frames)), (10, count))
+
+    def test_a_video_leaves_standard_input_to_others(self):
+        ffmpeg = self.folder / "ffmpeg"  # it reads commands, where it takes a while
+        ffmpeg.write_text("#!/bin/sh\ncat >&2\necho frame= 3 time=00:00:01.00 >&2\n")
+        ffmpeg.chmod(0o755)
+        self.patch(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(ffmpeg))
+        inbox, outbox = os.pipe()
+        os.write(outbox, b"next.mp4\n")
+        os.close(outbox)
+        saved = os.dup(0)
+        try:
+            os.dup2(inbox, 0)
+            self.assertEqual(helper.count_packets("drive.mp4"), (3, 1))
+        finally:
+            os.dup2(saved, 0)
+            os.close(saved)
+        self.assertEqual(os.read(inbox, 100), b"next.mp4\n")
+        os.close(inbox)
 
     def test_a_video_of_varying_rate_keeps_its_length(self):
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi"]
