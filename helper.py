@@ -1932,7 +1932,9 @@ def export(predictor, folder):
         try:
             tf.saved_model.save(module, part, signatures=module.serve)
         except tf.errors.OpError as error:
-            raise ProgramError(f"{folder}: {error.message}: make room") from error
+            raise ProgramError(
+                f"{folder}: {error.message}: make room, or see who may write"
+            ) from error
     print(f"{folder} is a SavedModel: tf.saved_model.load(...).serve(images)")
 
 
@@ -2677,7 +2679,9 @@ def write_weights(model, path, facts):
                 file.attrs[FACTS] = json.dumps(facts, default=str)
         except OSError as error:  # h5py's has two lines
             reason = " ".join(str(error.strerror or error).split())
-            raise ProgramError(f"{path}: {reason}: make room") from error
+            raise ProgramError(
+                f"{path}: {reason}: make room, or see who may write"
+            ) from error
 
 
 def find_weights(path):
@@ -2786,7 +2790,7 @@ def write_checkpoint(state, run_dir, number):
     except tf.errors.OpError as error:
         raise ProgramError(
             f"{path}: {error.message}: the checkpoint before it is kept; make room, "
-            "then resume"
+            "or see who may write, then resume"
         ) from error
     for file in folder.glob(f"{path.name}.*"):
         flush_file(file)
@@ -2907,7 +2911,7 @@ def link(path, folder):
 
 
 def clock(seconds):
-    """Return seconds as "h:mm:ss"."""
+    """Return seconds as "2:03:04" or "1 day, 2:03:04"."""
     return str(datetime.timedelta(seconds=round(seconds or 0)))
 
 
@@ -3093,11 +3097,12 @@ def headline(run_dir, record):
     body.append("<p>FCN-8s on VGG-16 for road segmentation.")
     if (run_dir.parent / "index.html").exists():
         body.append('<a href="../index.html">All runs</a>')
+    again = html.escape(command("--resume", run_dir))
     if state == "running":
-        body.append(f"<small>This page reloads itself every {RELOAD} s.</small>")
+        killed = f"after a kill or a power cut go on with <code>{again}</code>"
+        body.append(f"<small>Reloads itself every {RELOAD} s; {killed}</small>")
     body.append("</p>")
     if state in ("stopped", "failed"):
-        again = html.escape(command("--resume", run_dir))
         body.append(f"<p>To go on with it: <code>{again}</code></p>")
     body.append('<dl class="cards">')
     for name, value, why in cards(record):
@@ -3141,7 +3146,7 @@ def score_section(record):
 CHARTS = (  # title, {line: what it shows of an epoch's record}, whether up is log
     ("Loss, nats a pixel, log", {"training": "loss", "hold-out": "holdout_loss"}, True),
     ("Hold-out, percent", {"MaxF": "MaxF", "IoU": "IoU"}, False),
-    ("Learning rate", {"decoder": "learning_rate"}, False),
+    ("Learning rate after it", {"decoder": "learning_rate"}, False),
     ("Gradient norm, log", {"before clipping": "gradient_norm"}, True),
 )
 

@@ -71,7 +71,7 @@ class Config:
     seed: Annotated[int, Range(0), "of weights, order, jitter and dropout"] = 0
     deterministic: Annotated[bool, None, "same bits on a GPU, slower"] = False
     precision: Annotated[str, PRECISIONS, "of the encoder"] = "auto"
-    xla: Annotated[bool, None, "compile the step, on one GPU"] = False
+    xla: Annotated[bool, None, "compile the step, on one device"] = False
     vgg: Annotated[str, None, "VGG-16 weight file, or random"] = "downloaded"
     data_dir: Annotated[Path, None, "where data and VGG-16 are"] = Path("data")
     runs_dir: Annotated[Path, None, "where runs write"] = Path("runs")
@@ -232,10 +232,13 @@ def recorded_settings(run_dir):
 
 @tf.custom_gradient
 def product(x, kernel):
-    """Return x kernel, (N, K) times (K, M)."""
+    """Return x kernel, (N, K) times (K, M), as tf.matmul; its gradient is faster.
+
+    TensorFlow's own has the kernel as second factor, and copies all of fc6's to
+    transpose it.
+    """
 
     def gradients(dy):
-        # the kernel first: as a second factor it would be transposed, all of fc6
         dx = tf.transpose(tf.matmul(kernel, dy, transpose_b=True))
         return dx, tf.matmul(x, dy, transpose_a=True)
 
