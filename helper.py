@@ -259,8 +259,9 @@ def send_again(ignored):
     if not isinstance(ignored.exc_value, Stopped):
         sys.__unraisablehook__(ignored)
         return
-    arguments = os.getpid(), *ignored.exc_value.args
-    later = threading.Timer(SAME_SIGNAL, os.kill, arguments)
+    signum = ignored.exc_value.args[0]
+    delay = SAME_SIGNAL + 1  # not as the same signal, and not in here
+    later = threading.Timer(delay, os.kill, [os.getpid(), signum])
     later.daemon = True
     with contextlib.suppress(RuntimeError):  # the program is at its end
         later.start()
