@@ -2234,6 +2234,14 @@ def check_epoch(epoch, number):
             raise ValueError(f"history: {name} of epoch {number} is {value!r}")
 
 
+def check_network(facts, network):
+    """Raise ValueError unless `facts`, of weights or a run, are of this network."""
+    found = facts.get("network") or {}
+    for name, expected in network.items():
+        if found.get(name) != expected:
+            raise ValueError(f"its {name} are {found.get(name)}, not {expected}")
+
+
 def has_weights(run_dir):
     """Return whether weights of this very run are there to go on from."""
     return read_run(run_dir)["trained"] or bool(find_checkpoints(run_dir))
@@ -2325,7 +2333,7 @@ def write_progress(run_dir):
 
 
 @contextlib.contextmanager
-def open_run(config, classes, split, device):
+def open_run(config, network, split, device):
     """Make a run's folder, or take up config.resume's; yield the Run.
 
     It counts as finished, and the checkpoints go, only once the caller is through; if
@@ -2334,11 +2342,11 @@ def open_run(config, classes, split, device):
     there.
     """
     if not device.chief:
-        yield Run(config.resume or config.runs_dir, config, classes, split, device)
+        yield Run(config.resume or config.runs_dir, config, network, split, device)
         return
     path = config.resume or new_folder(config.runs_dir, config.name)
     with locked(path / CHECKPOINTS / "run", wait=False):
-        run = Run(path, config, classes, split, device)
+        run = Run(path, config, network, split, device)
         try:
             if not config.resume:  # there the checkpoint has to be accepted first
                 run.write()
@@ -2356,14 +2364,14 @@ class Run:
     Of several workers only the chief writes.
     """
 
-    def __init__(self, path, config, classes, split, device):
-        self.path, self.config = path, config
+    def __init__(self, path, config, network, split, device):
+        self.path, self.config, self.network = path, config, network
         self.split, self.device = split, device
         self.record = {"finished": False, "trained": False, "seconds": 0.0}
         self.record |= {"resumed": [], "history": []}
         if config.resume:
             self.take_up()
-        self.record |= self.facts(classes) | {"scores": {}, "curves": {}, "holdout": {}}
+        self.record |= self.facts() | {"scores": {}, "curves": {}, "holdout": {}}
         self.start = time.monotonic() - self.record["seconds"]
         self.may_write = not config.resume  # whether the record may be changed
         self.saved_time = time.monotonic()  # when a checkpoint was written
@@ -2388,6 +2396,8 @@ class Run:
         record = read_run(self.path)
         if record["finished"]:  # while this program looked at the data
             raise ProgramError(f"{self.path} is finished: nothing to go on with")
+        with blaming(self.path, "a run of this network", "begin a new one"):
+            check_network(record, self.network)
         counts, digest = self.split.counts(), self.split.names_digest()
         if (record["data"], record.get("images", digest)) != (counts, digest):
             other = " of other names" if record["data"] == counts else ""
@@ -2403,8 +2413,8 @@ class Run:
             )
         self.record |= record
 
-    def facts(self, classes):
-        """Return what run.json says of the settings, the device and the data."""
+    def facts(self):
+        """Return what run.json says of settings, network, device and data."""
         config = dataclasses.asdict(self.config)
         defaults = {each.name: each.default for each in dataclasses.fields(self.config)}
         for settings in config, defaults:
@@ -2422,7 +2432,7 @@ class Run:
             "command": shlex.join(["python", *sys.argv]),
             "config": config,
             "defaults": defaults,
-            "classes": classes,
+            "network": self.network,
             "device": self.device.facts(),
             "data": self.split.counts(),
             "images": self.split.names_digest(),
@@ -2565,7 +2575,7 @@ class Run:
         """Write the weights as they are now, with what they are of."""
         facts = {"image_height": self.config.image_height}
         facts |= {"image_width": self.config.image_width}
-        facts |= {name: self.record[name] for name in ("classes", "config", "versions")}
+        facts |= {name: self.record[name] for name in ("network", "config", "versions")}
         facts |= {"run": self.path.name, "step": int(self.state.step.numpy())}
         write_weights(self.state.model, self.path / WEIGHTS, facts)
 
@@ -2699,19 +2709,18 @@ def find_weights(path):
     return found
 
 
-def read_weights_facts(path, classes):
+def read_weights_facts(path, network):
     """Return the input size (H, W) that the weights at `path` were trained at.
 
-    Raises ProgramError for a file that does not say it, or of other classes.
+    Raises ProgramError for a file that does not say it, or of another network.
     """
     path = find_weights(path)
     advice = f"name the {WEIGHTS} of a run of this version, or train one"
     with blaming(path, "weights of this FCN-8s", advice), h5py.File(path) as file:
         if FACTS not in file.attrs:
-            raise ValueError("it does not say its input size and classes")
+            raise ValueError("it does not say its input size and network")
         facts = json.loads(file.attrs[FACTS])
-        if facts["classes"] != classes:
-            raise ValueError(f"its classes are {facts['classes']}, not {classes}")
+        check_network(facts, network)
         shape = facts["image_height"], facts["image_width"]
         if not all(type(side) is int and side > 0 and side % 32 == 0 for side in shape):
             raise ValueError(f"its input size is {shape}")

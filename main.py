@@ -25,6 +25,11 @@ import tensorflow as tf
 from tqdm import tqdm
 
 CLASSES = ["background", "road"]
+POOL3_SCALE, POOL4_SCALE = 0.01, 0.1
+NETWORK = {  # what weights must be of
+    "classes": CLASSES,
+    "pool_scales": [POOL3_SCALE, POOL4_SCALE],
+}
 
 # ---------------------------------------------------------------------- settings
 
@@ -181,7 +186,7 @@ def parse(argv):
     if "weights" in given and parsed["vgg"] not in (None, *NO_FILE):
         parser.error("--weights replaces VGG-16 too: leave --vgg out")
     if "weights" in given:
-        height, width = helper.read_weights_facts(parsed["weights"], CLASSES)
+        height, width = helper.read_weights_facts(parsed["weights"], NETWORK)
         parser.set_defaults(image_height=height, image_width=width)
     if "resume" in given:
         parser.set_defaults(**recorded_settings(parsed["resume"]))
@@ -349,11 +354,15 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
 
     layer3_out = keras.ops.cast(layer3_out, "float32")
     layer4_out = keras.ops.cast(layer4_out, "float32")
-    # Activations shrink from pool3 to fc7. The authors' net that trains all skips at
-    # once scales the early ones down, so that fc7 leads and they refine.
+    # The early activations are scaled down, so that fc7 leads and they refine. The
+    # authors' net that trains all skips at once has 0.0001 and 0.01, for a loss that is
+    # a sum over pixels; beside a mean, L2 would keep pool3 out: a place of it has a norm
+    # of 290, so that a logit of 1 would cost 1.2 nats.
+    layer3_out *= POOL3_SCALE
+    layer4_out *= POOL4_SCALE
     x = score(layer7_out, "fc7")  # (B, H/32, W/32, C)
-    x = upscore(x, 2, "fc7") + score(layer4_out * 0.01, "pool4")  # (B, H/16, W/16, C)
-    x = upscore(x, 2, "pool4") + score(layer3_out * 0.0001, "pool3")  # (B, H/8, W/8, C)
+    x = upscore(x, 2, "fc7") + score(layer4_out, "pool4")  # (B, H/16, W/16, C)
+    x = upscore(x, 2, "pool4") + score(layer3_out, "pool3")  # (B, H/8, W/8, C)
     return upscore(x, 8, "pool3")  # (B, H, W, C)
 
 
@@ -696,7 +705,7 @@ def run(config):
     if config.epochs:
         helper.check_batch_size(config.batch_size, split.training, device.replicas)
     steps = max(len(split.training) // config.batch_size, 1)  # an epoch
-    with helper.open_run(config, CLASSES, split, device) as this_run:
+    with helper.open_run(config, NETWORK, split, device) as this_run:
         print("building the network")
         with device.strategy.scope():
             model = fcn8s(vgg_path, config.keep_prob, config.l2)

@@ -1369,12 +1369,12 @@ class Layers(Case):
         model, pools = self.model(), self.pools()
         logits = model(pools).numpy()
         self.assertEqual(logits.shape, (1, 64, 96, 2))
-        scales = {0: 0.0001, 1: 0.01, 2: 1}
-        for index, name in enumerate(("pool3", "pool4", "fc7")):
+        scales = {"pool3": 0.01, "pool4": 0.1, "fc7": 1}
+        for index, name in enumerate(scales):
             changed = list(pools)
             changed[index] = pools[index] + 1
             kernel = model.get_layer(f"score_{name}").kernel.numpy()
-            expected = kernel.sum((0, 1, 2)) * scales[index]  # bilinear keeps constants
+            expected = kernel.sum((0, 1, 2)) * scales[name]  # bilinear keeps constants
             change = (model(changed).numpy() - logits)[0, 32, 48]
             np.testing.assert_allclose(change, expected, rtol=2e-2, atol=1e-6)
 
@@ -1954,7 +1954,7 @@ class Scores(Case):
 
 def save_weights(model, path, **facts):
     """Write a weight file as a run does."""
-    facts = {"image_height": 32, "image_width": 96, "classes": main.CLASSES} | facts
+    facts = {"image_height": 32, "image_width": 96, "network": main.NETWORK} | facts
     with contextlib.redirect_stdout(io.StringIO()):
         helper.write_weights(model, path, facts)
 
@@ -2901,6 +2901,11 @@ class Resume(Program):
         record["config"] |= {"learning_rate": rate, "vgg": "a\0"}
         path.write_text(json.dumps(record))
         self.assert_line(self.resume(), "run.json: config: a zero byte in vgg: correct")
+        record["config"]["vgg"] = "random"
+        del record["network"]["pool_scales"]  # as of an older version
+        path.write_text(json.dumps(record))
+        said = r"not a run of this network .its pool_scales are None, not \[0.01, 0.1"
+        self.assert_line(self.resume(), said)
 
     def test_two_programs_do_not_work_on_one_run(self):
         run_dir = self.reuse(until=4)
@@ -3673,7 +3678,14 @@ class Use(Program):
             np.testing.assert_array_equal(ours, expected)
         self.weights = alone
         for said, facts in (
-            (r"its classes are \['cat', 'road'\]", {"classes": ["cat", "road"]}),
+            (
+                r"its classes are \['cat', 'road'\]",
+                {"network": {"classes": ["cat", "road"]}},
+            ),
+            (
+                r"its pool_scales are None, not \[0.01, 0.1\]",  # of an older version
+                {"network": {"classes": main.CLASSES}},
+            ),
             (r"its input size is \(33, 96\)", {"image_height": 33}),
             (r"its input size is \(32, '96'\)", {"image_width": "96"}),
         ):
@@ -3776,7 +3788,7 @@ def a_record(**changes):
     record |= {"started": "2026-11-24 13:00:05", "updated": "2026-11-24 14:02:11"}
     record |= {"command": "python main.py --epochs 3", "peak_memory": 9_120_000_000}
     record |= {"config": defaults | {"epochs": 3, "l2": 0.5}, "defaults": defaults}
-    record |= {"classes": ["background", "road"], "versions": {"keras": "3.15.1"}}
+    record |= {"network": main.NETWORK, "versions": {"keras": "3.15.1"}}
     record["device"] = {"name": "TPU v9", "replicas": 2, "workers": 1, "xla": False}
     record |= {"data": {"training": 30, "holdout": 3, "test": 2}, "resumed": [20]}
     record |= {"history": epochs(3), "holdout": holdout}
