@@ -2369,8 +2369,8 @@ class Run(Program):
         self.patch(helper, "SAME_SIGNAL", 0.5)
         with helper.handling_signals(helper.interrupt):
             with self.assertRaises(helper.Stopped):
-                signal.raise_signal(signal.SIGHUP)
-            signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             time.sleep(0.5)
             with self.assertRaises(helper.Stopped):
                 signal.raise_signal(signal.SIGINT)
@@ -3914,7 +3914,8 @@ class RunPage(Folder):
             self.assertEqual(len(page.all("span", state)), 1)
             refresh = [a["content"] for a, _ in page.all("meta") if "http-equiv" in a]
             self.assertEqual(refresh, ["30"] * (state == "running"))
-            self.assertEqual("--resume" in page.text, state in ("stopped", "failed"))
+            self.assertEqual("--resume" in page.text, state != "finished")
+            self.assertEqual("after a kill" in page.text, state == "running")
 
     def test_a_run_without_scores_shows_the_last_epoch_and_one_without_any_nothing(
         self,
