@@ -3156,7 +3156,7 @@ def score_section(record):
 CHARTS = (  # title, {line: what it shows of an epoch's record}, whether up is log
     ("Loss, nats a pixel, log", {"training": "loss", "hold-out": "holdout_loss"}, True),
     ("Hold-out, percent", {"MaxF": "MaxF", "IoU": "IoU"}, False),
-    ("Learning rate after it", {"decoder": "learning_rate"}, False),
+    ("Learning rate after each epoch", {"decoder": "learning_rate"}, False),
     ("Gradient norm, log", {"before clipping": "gradient_norm"}, True),
 )
 
