@@ -1635,6 +1635,8 @@ class Gpu(Case):
         if "Conv2D" not in gpu_kernels():
             self.skipTest("this build of TensorFlow has no kernels for a GPU")
         self.addCleanup(keras.config.set_dtype_policy, "float32")
+        zeros = mock.Mock(return_value=keras.initializers.Zeros())
+        self.patch(keras.initializers, "VarianceScaling", zeros)  # which take no time
         seen = tf.config.list_physical_devices
         self.patch(
             tf.config,
