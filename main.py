@@ -108,17 +108,14 @@ DEMO = {  # its defaults
     "keep_prob": 1.0,
     "vgg": "random",
 }
-USING = {  # what goes with --predict and --export
+EXPORTING = {  # what goes with --export
     "weights",
-    "predict",
     "export",
-    "runs_dir",
-    "name",
-    "batch_size",
     "image_height",
     "image_width",
     "precision",
 }
+PREDICTING = EXPORTING | {"predict", "runs_dir", "name", "batch_size"}
 NO_FILE = "downloaded", "random"  # of --vgg: all else is the path of one
 RESUMING = {"resume", "epochs", "data_dir"}  # what goes with --resume
 
@@ -179,8 +176,10 @@ def parse(argv):
         parser.set_defaults(**DEMO)
     if given & {"predict", "export"} and "weights" not in given:
         parser.error("--predict and --export need --weights")
-    if given & {"predict", "export"} and (idle := given - USING):
-        parser.error(f"{flag(min(idle))} does not go with --predict or --export")
+    if "predict" in given and (idle := given - PREDICTING):
+        parser.error(f"{flag(min(idle))} does not go with --predict")
+    if "export" in given and "predict" not in given and (idle := given - EXPORTING):
+        parser.error(f"{flag(min(idle))} does not go with --export")
     if "resume" in given and (fixed := given - RESUMING):
         parser.error(f"{flag(min(fixed))} is that of the run: leave it out")
     if "weights" in given and parsed["vgg"] not in (None, *NO_FILE):

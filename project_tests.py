@@ -3472,6 +3472,9 @@ class Use(Program):
         runs = ["--runs-dir", self.folder / "out"]
         return self.call("--weights", self.weights, *runs, *arguments)
 
+    def export(self, *arguments):
+        return self.call("--weights", self.weights, "--export", *arguments)
+
     def out(self):
         return max((self.folder / "out").glob("*"))
 
@@ -3663,6 +3666,10 @@ class Use(Program):
         for setting in "--demo", "--epochs=3", "--resume=runs":
             result = self.use("--predict", self.folder, setting)
             self.assert_line(result, f"{setting.partition('=')[0]} does not go with", 2)
+        for setting in "--epochs=3", "--name=out", "--batch-size=3", "--runs-dir=runs":
+            result = self.export(self.folder / "saved", setting)
+            said = f"^{setting.partition('=')[0]} does not go with --export"
+            self.assert_line(result, said, 2)
         result = self.call("--weights", self.folder, "--predict", self.folder)
         self.assert_line(result, "no such file: name a run's folder or its fcn8s.weig")
         code, _, errors = self.call("--predict", self.folder)
@@ -3702,12 +3709,12 @@ class Use(Program):
 
     def test_an_export_to_a_name_that_is_not_utf_8_is_refused(self):
         folder = self.folder / os.fsdecode(b"model\xff")
-        self.assert_line(self.use("--export", folder), "another folder with --export")
+        self.assert_line(self.export(folder), "another folder with --export")
         self.assertFalse(folder.exists())
 
     def test_an_exported_model_is_the_program_bit_for_bit(self):
         folder = self.folder / "saved"
-        self.assertEqual(self.use("--export", folder)[0], 0)
+        self.assertEqual(self.export(folder)[0], 0)
         loaded = tf.saved_model.load(folder)
         rng = np.random.default_rng(0)
         shapes = (1, 60, 40, 3), (1, 300, 200, 3), (2, 75, 131, 3), (1, 800, 100, 3)
@@ -3716,7 +3723,7 @@ class Use(Program):
             ours = loaded.signatures["serving_default"](tf.constant(images))["road"]
             np.testing.assert_array_equal(ours, predict_road(self.model, images))
             self.assertEqual(ours.dtype, tf.float32)
-        self.assert_line(self.use("--export", folder), "saved: exists")
+        self.assert_line(self.export(folder), "saved: exists")
 
 
 # ------------------------------------------------------------------------ report
