@@ -123,6 +123,8 @@ def blaming(path, what, advice):
         raise
     except (tf.errors.UnavailableError, tf.errors.AbortedError):  # another worker's end
         raise
+    except (tf.errors.InternalError, tf.errors.UnknownError):  # the device's, or the
+        raise  # disk's: what is there may be good
     except PermissionError as error:
         raise ProgramError(f"{path}: {error.strerror}: see who may read it") from error
     except Exception as error:  # decoders raise what they like
@@ -168,6 +170,9 @@ EXPECTED = (  # what may end the program; anything else is a bug, with a traceba
     tf.errors.ResourceExhaustedError,
     tf.errors.UnavailableError,  # another worker's end
     tf.errors.AbortedError,
+    tf.errors.InternalError,  # a GPU without memory for its libraries, or held by
+    tf.errors.UnknownError,  # another program, shows in all of these
+    tf.errors.NotFoundError,
     KeyboardInterrupt,
 )
 
@@ -186,8 +191,11 @@ def explain(error):
     elif isinstance(error, KeyboardInterrupt):
         signum = signal.Signals(*error.args or [signal.SIGINT])
         message, code = f"stopped by {signum.name}", 128 + signum
-    else:
+    elif isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
         message = "another worker has ended: start all of them again, with --resume"
+    else:
+        message = f"TensorFlow: {first_line(error)}: end what else is on the GPU (see "
+        message += "nvidia-smi), or lower --batch-size"
     print(printable(message), file=sys.stderr)
     return code
 
@@ -227,7 +235,6 @@ class Stream:
 
 def be_a_program(main):
     """Run `main` as a program: mind streams and signals, exit with its code."""
-    open_standard_streams()
     for name in "stdout", "stderr":
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -450,7 +457,7 @@ def _lock(name, path, wait):
                 raise ProgramError(
                     f"{path.parent}: another program works on this run: let it end"
                 ) from None
-            print(f"{path}: another program is fetching it, waiting for that one")
+            print(f"{path}: another program is making it, waiting for that one")
             fcntl.flock(lock, fcntl.LOCK_EX)
         if _is_at(lock, name):
             return lock
@@ -927,7 +934,7 @@ def _unpack(archive, folder):
     """Unpack KITTI Road from `archive` as `folder`, all or nothing.
 
     A missing `archive` is downloaded, and removed at the end or where it is damaged;
-    one that was there is the user's and stays.
+    one that was there, also of a program that was stopped, stays.
     """
     source = f'{KITTI_PAGE}, "Download base kit"'
     ours = download(KITTI_URLS, archive, source=source)
@@ -1570,7 +1577,7 @@ def batched(items, count):
         yield batch
 
 
-def segment(predictor, samples, depth=None):
+def segment(predictor, samples, depth):
     """Yield (name, image, road probability (h, w)) of (name, image), in order.
 
     Shrinking and the network go on while the caller works on what came before, each at
@@ -1584,22 +1591,32 @@ def segment(predictor, samples, depth=None):
         roads = predictor.network(np.stack([small for *_, small in batch])).numpy()
         return [(name, image, road) for (name, image, _), road in zip(batch, roads)]
 
-    count = predictor.batch_size
-    if depth is not None:
-        count = max(min(count, depth), 1)
+    count = max(min(predictor.batch_size, depth), 1)
     batches = batched(ahead(shrink, samples, depth), count)
-    ahead_of_caller = 1 if depth is None or depth else 0
-    segmented = ahead(network, batches, ahead_of_caller, workers=1)
+    segmented = ahead(network, batches, min(depth, 1), workers=1)
     return itertools.chain.from_iterable(segmented)
 
 
-def gen_test_output(predictor, image_paths):
+def count_pixels(path):
+    """Return the pixels of an image as its header states."""
+    readable = blaming(path, "a readable image", "replace or remove it")
+    with readable, Image.open(path) as image:
+        return image.width * image.height
+
+
+def stage_depth(pixels):
+    """Return how many images of so many pixels each stage may hold; 0: alone."""
+    return min(IN_FLIGHT // 4 // pixels, os.cpu_count() + 2)
+
+
+def gen_test_output(predictor, image_paths, depth):
     """Yield (path, image (H, W, 3) uint8, road probability (h, w) float32).
 
     The probability is at the network's size; predictor.grown brings it to the image's.
+    Reading, shrinking and the network are at most `depth` images ahead.
     """
-    samples = ahead(lambda path: (path, read_image(path)), image_paths)
-    return segment(predictor, samples)
+    samples = ahead(lambda path: (path, read_image(path)), image_paths, depth)
+    return segment(predictor, samples, depth)
 
 
 def inner(mask):
@@ -1629,10 +1646,9 @@ def overlay(image, road):
 
 def thumbnail(pixels, width=480):
     """Return uint8 `pixels` (H, W, 3) as small as the report shows test images."""
-    if pixels.shape[1] <= width:
-        return pixels
-    height = max(round(pixels.shape[0] * width / pixels.shape[1]), 1)
-    return np.asarray(Image.fromarray(pixels).resize((width, height)))
+    image = Image.fromarray(pixels)
+    image.thumbnail((width, image.height), reducing_gap=None)
+    return np.asarray(image)
 
 
 def save_sample(run_dir, predictor, submission, sample):
@@ -1659,8 +1675,9 @@ def save_inference_samples(run_dir, predictor, image_paths, submission=False):
     if not image_paths:
         return
     (run_dir / "thumbnails").mkdir(parents=True, exist_ok=True)
+    depth = stage_depth(max(map(count_pixels, image_paths)))
     save = functools.partial(save_sample, run_dir, predictor, submission)
-    saved = ahead(save, gen_test_output(predictor, image_paths))
+    saved = ahead(save, gen_test_output(predictor, image_paths, depth), depth)
     bar = tqdm(saved, "overlays", len(image_paths), unit="image", disable=None)
     views = dict(zip(image_paths, bar, strict=True))  # to the bar's end
     if submission:
@@ -1767,10 +1784,6 @@ class Prediction:
         self.folder, self.predictor = folder, predictor
         self.names, self.problems = names, problems
 
-    def depth(self, pixels):
-        """Return how many images of so many pixels each stage may hold; 0: alone."""
-        return min(IN_FLIGHT // 4 // pixels, os.cpu_count() + 2)
-
     def of_images(self, files):
         """Write the overlays and confidences of images; return how many."""
         pixels = {file: self.count_pixels(file) for file in files}
@@ -1778,7 +1791,7 @@ class Prediction:
         if not readable:
             return 0
         (self.folder / "confidence").mkdir()
-        depth = self.depth(max(pixels.values()))
+        depth = stage_depth(max(pixels.values()))
         samples = filter(None, ahead(self.read, readable, depth))
         saved = ahead(self.save, segment(self.predictor, samples, depth), depth)
         return sum(tqdm(saved, "overlays", len(readable), unit="image", disable=None))
@@ -1786,9 +1799,7 @@ class Prediction:
     def count_pixels(self, file):
         """Return the pixels of an image as its header states, 0 if it is none."""
         try:
-            readable = blaming(file, "a readable image", "replace or remove it")
-            with readable, Image.open(file) as image:
-                return image.width * image.height
+            return count_pixels(file)
         except ProgramError as error:
             self.problems.append(str(error))
             return 0
@@ -1845,7 +1856,7 @@ class Prediction:
         )
         with contextlib.closing(frames):
             target = self.folder / self.names[path]
-            tinted = self.tinted(images, self.depth(shape[0] * shape[1]))
+            tinted = self.tinted(images, stage_depth(shape[0] * shape[1]))
             bar = tqdm(tinted, path.name, expected, unit="frame", disable=None)
             done = write_video(target, bar, facts["size"], rate)
         if done < expected:
@@ -1914,7 +1925,21 @@ def write_video(path, frames, size, rate):
             raise ProgramError(
                 f"{path}: ffmpeg gave up at frame {count}: make room, or set --runs-dir"
             ) from error
+        check_video(part, path, count)
     return count
+
+
+def check_video(part, path, count):
+    """Raise ProgramError unless `part` has all frames: ffmpeg's exit is not told."""
+    try:
+        found, _ = count_packets(str(part.absolute()))
+    except ValueError:
+        found = 0
+    if found != count:
+        raise ProgramError(
+            f"{path}: ffmpeg wrote {found} of {count} frames: make room, or set "
+            "--runs-dir"
+        )
 
 
 def export(predictor, folder):
@@ -1996,11 +2021,14 @@ def to_confidence(road):
 def confidence_histogram(confidence, labels):
     """Count the valid pixels by class and 8-bit confidence, (2, 256) int32.
 
-    Both uint8, of one shape; every score derives from this.
+    Both uint8, of one shape; every score derives from this. The bins are int64, as
+    TensorFlow computes with int32 on the host, whatever the device.
     """
-    bins = tf.cast(labels, tf.int32) * 256 + tf.cast(confidence, tf.int32)
-    bins = tf.where(labels == VOID, -1, bins)  # negative segments are left out
-    counts = tf.math.unsorted_segment_sum(tf.ones_like(bins), bins, 512)
+    valid = labels != VOID
+    bins = tf.cast(labels, tf.int64) * 256 + tf.cast(confidence, tf.int64)
+    counts = tf.math.unsorted_segment_sum(
+        tf.cast(valid, tf.int32), tf.where(valid, bins, 0), 512
+    )
     return tf.reshape(counts, (2, 256))
 
 
@@ -2113,9 +2141,11 @@ def score_holdout(run_dir, predictor, holdout):
         holdout_dir.mkdir()
         errors_dir.mkdir()
         score = functools.partial(score_image, predictor, holdout_dir, errors_dir)
-        segmented = gen_test_output(predictor, [sample.image for sample in holdout])
+        paths = [sample.image for sample in holdout]
+        depth = stage_depth(max(map(count_pixels, paths)))
+        segmented = gen_test_output(predictor, paths, depth)
         tasks = ((s, image, road) for s, (_, image, road) in zip(holdout, segmented))
-        counted = ahead(lambda task: score(*task), tasks)
+        counted = ahead(lambda task: score(*task), tasks, depth)
         bar = tqdm(counted, "scoring", len(holdout), unit="image", disable=None)
         for sample, counts in zip(holdout, bar, strict=True):  # to the bar's end
             kind = category(sample.image)
@@ -2169,25 +2199,19 @@ def precision_recall(histogram):
     return np.round(100 * np.stack([recall, precision], axis=1), 3).tolist()
 
 
-def score_rows(kinds):
-    """Return the rows of a table of {category: measures}, as text, in percent."""
-    head = [["percent", *measures] for measures in kinds.values()][:1]
-    return head + [
-        [kind, str(measures["images"])]
-        + [f"{value:.2f}" for name, value in measures.items() if name != "images"]
-        for kind, measures in kinds.items()
-    ]
-
-
 def print_scores(planes):
     """Print the scores of score_holdout, in at most 100 columns."""
+    short = {"threshold": "thresh.", "accuracy": "acc."}
     for plane, kinds in planes.items():
-        if kinds:
-            print(PLANES[plane])
-        for first, *cells in score_rows(kinds):
-            short = {"threshold": "thresh.", "accuracy": "acc."}
-            cells = (short.get(cell, cell) for cell in cells)
-            print(f"{first[:10]:10}" + "".join(f"{cell:>8}" for cell in cells))
+        if not kinds:
+            continue
+        names = [short.get(name, name) for name in next(iter(kinds.values()))]
+        print(PLANES[plane])
+        print(f"{'percent':10}" + "".join(f"{name:>8}" for name in names))
+        for kind, measures in kinds.items():
+            images, *values = measures.values()
+            cells = "".join(f"{value:8.2f}" for value in values)
+            print(f"{kind[:10]:10}{images:>8}{cells}")
 
 
 # --------------------------------------------------------------------------- run
@@ -2213,6 +2237,7 @@ def read_run(run_dir):
             "seconds": (int, float),
             "config": dict,
             "device": dict,
+            "images": str,
         }
         kinds |= {"data": dict, "history": list, "resumed": list}
         for name, kind in kinds.items():
@@ -2320,9 +2345,9 @@ def followed_frame(image, predictor, epoch):
 
 
 def write_progress(run_dir):
-    """Make progress.gif of the frames that were kept, 60 of them at most."""
+    """Make progress.gif of the frames that were kept, 62 of them at most."""
     paths = find_frames(run_dir)
-    every = -(-len(paths) // 60) or 1
+    every = -(-len(paths) // 62) or 1
     paths = paths[::-1][::every][::-1]  # with the last
     if paths:
         with written(run_dir / "progress.gif") as part:
@@ -2399,7 +2424,7 @@ class Run:
         with blaming(self.path, "a run of this network", "begin a new one"):
             check_network(record, self.network)
         counts, digest = self.split.counts(), self.split.names_digest()
-        if (record["data"], record.get("images", digest)) != (counts, digest):
+        if (record["data"], record["images"]) != (counts, digest):
             other = " of other names" if record["data"] == counts else ""
             raise ProgramError(
                 f"{self.path} was begun with {record['data']} images, here are "
@@ -2469,7 +2494,7 @@ class Run:
     def make_room(self):
         """Raise ProgramError where the disk is too small for the run."""
         to_come = 3 - len(find_checkpoints(self.path))  # two stay, while one is written
-        checkpoints = 12 * to_come if self.config.epochs else 0
+        checkpoints = 12 * to_come if self.to_train else 0
         parameters = self.state.model.count_params()
         size = (8 + checkpoints) * parameters + 10**6 * len(self.split.test)
         need_space(self.path, size, "a run")
@@ -2556,7 +2581,7 @@ class Run:
         self.write()
 
     def keep_frame(self, epoch):
-        """Keep what the network makes of the first image, for at most 60 epochs."""
+        """Keep what the network makes of the first image, if the epoch is followed."""
         if not is_followed(epoch, self.config.epochs):
             return
         frame = followed_frame(self.followed, self.predictor, epoch)
@@ -2593,6 +2618,8 @@ class Run:
         if self.record["scores"]:
             measures = self.record["scores"]["image"]["urban"]
             print(f"hold-out: MaxF {measures['MaxF']:.2f}, IoU {measures['IoU']:.2f}")
+        if self.config.submission:
+            print(f"for the benchmark's server: {self.path / 'submission.zip'}")
         images = count_of(len(self.split.test), "segmented test image")
         print(f"{images} and the weights are in {self.path}")
         print(f"look at {self.path / 'index.html'}")
@@ -2741,8 +2768,6 @@ def find_checkpoints(run_dir):
 
     There is no list of them that could be damaged: the files count.
     """
-    if run_dir is None:
-        return []
     found = (run_dir / CHECKPOINTS).glob("ckpt-*.index")
     paths = [path.with_suffix("") for path in found]
     return sorted(

@@ -55,7 +55,7 @@ class Range(NamedTuple):
         )
 
 
-SIDE = Range(32, 65472, step=32)  # JPEG, in which errors are shown, ends at 65,500
+SIDE = Range(32, 65472, step=32)  # progress.gif ends at 65,535
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 
 
@@ -275,8 +275,9 @@ def load_vgg(vgg_path, keep_prob):
 
     Input (B, H, W, 3) RGB 0..255, H and W multiples of 32; outputs (B, H/8, W/8, 256),
     (B, H/16, W/16, 512), (B, H/32, W/32, 4096). `vgg_path` is a weight file of
-    keras.applications.VGG16 with its top, or "random" (He normal). Dropout keeps
-    `keep_prob` of fc6 and fc7. Raises ProgramError if the file does not fit.
+    keras.applications.VGG16 with its top, "random" (He normal), or None where weights
+    follow that replace all. Dropout keeps `keep_prob` of fc6 and fc7. Raises
+    ProgramError if the file does not fit.
     """
     image_input = keras.Input((None, None, 3), dtype="uint8", name="image_input")
     x = keras.ops.cast(image_input, "float32")
@@ -289,7 +290,7 @@ def load_vgg(vgg_path, keep_prob):
             kernel_size=side,
             padding="same",
             activation="relu",
-            kernel_initializer="zeros",  # they are replaced
+            kernel_initializer="zeros",  # which take no time; they are replaced
             name=name,
         )(x)
         x = keras.layers.Dropout(1 - keep_prob, name=f"{name}_dropout")(x)
@@ -302,7 +303,7 @@ def load_vgg(vgg_path, keep_prob):
             scale = 2 / 60**2 if layer.name == "fc1" else 2
             he_normal = keras.initializers.VarianceScaling(scale, "fan_in")
             layer.kernel.assign(he_normal(layer.kernel.shape))
-    else:
+    elif vgg_path:
         advice = "name another with --vgg, or remove this one and leave --vgg out"
         with helper.blaming(vgg_path, "VGG-16 weights with the fc layers", advice):
             original = keras.applications.VGG16(weights=Path(vgg_path))
@@ -330,7 +331,7 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
     """Return the FCN-8s logits (B, H, W, num_classes) of VGG's pool3, pool4 and fc7.
 
     Every kernel carries the L2 term l2 * sum(w^2). Computes in float32, whatever the
-    precision of the pools.
+    precision of the pools; in TensorFloat-32 on GPUs that have it.
     """
     decay = {"kernel_regularizer": keras.regularizers.L2(l2), "dtype": "float32"}
     normal = {"kernel_initializer": keras.initializers.RandomNormal(stddev=0.01)}
@@ -651,7 +652,7 @@ def prepare(config):
     """Return the Split of the data and VGG-16's path; download or draw what lacks."""
     vgg_path = config.vgg
     if config.weights or (config.resume and helper.has_weights(config.resume)):
-        vgg_path = "random"  # until replaced
+        vgg_path = None
     elif vgg_path not in NO_FILE and not Path(vgg_path).is_file():
         raise ProgramError(f"{vgg_path}: not a file: correct --vgg")
     data_dir = config.data_dir
@@ -663,7 +664,7 @@ def prepare(config):
         helper.maybe_download_kitti_road(data_dir)
     if vgg_path == "downloaded":
         vgg_path = helper.maybe_download_pretrained_vgg(config.data_dir)
-    if vgg_path != "random":
+    if vgg_path not in (None, "random"):
         print(f"VGG-16 is {vgg_path}")
         helper.read_ahead(vgg_path)  # while the test images are looked at
     split = helper.find_images(data_dir, config.holdout_fraction, config.submission)
@@ -717,7 +718,8 @@ def run(config):
             seed=config.seed,
             device=device,
         )
-        predictor = helper.Predictor(model, config.image_shape, config.batch_size)
+        share = max(config.batch_size // device.replicas, 1)  # it has one of them
+        predictor = helper.Predictor(model, config.image_shape, share)
         this_run.begin(state, predictor, total_steps=config.epochs * steps)
         if this_run.to_train:
             train(config, this_run, train_step, model)
@@ -735,7 +737,7 @@ def use(config):
     os.environ.pop("TF_CONFIG", None)  # no other worker is needed, or waited for
     helper.prepare_device(config.precision)
     print("building the network")
-    model = fcn8s("random", keep_prob=1)
+    model = fcn8s(vgg_path=None, keep_prob=1)
     helper.load_weights(model, config.weights)
     predictor = helper.Predictor(model, config.image_shape, config.batch_size)
     if config.export:

@@ -1292,6 +1292,13 @@ class LoadVgg(Case):
         dropouts = [y for y in self.model.layers if isinstance(y, keras.layers.Dropout)]
         self.assertEqual([round(y.rate, 6) for y in dropouts], [0.2, 0.2])
 
+    def test_where_weights_follow_no_others_are_drawn(self):
+        self.patch(keras.initializers, "VarianceScaling", None)
+        image_input, *_, fc7 = main.load_vgg(None, 0.8)
+        self.assertEqual(
+            keras.Model(image_input, fc7).count_params(), self.model.count_params()
+        )
+
     def test_a_product_is_the_convolution(self):
         x = tf.random.normal((2, 5, 9, 6), seed=0)
         for side in 7, 1:
@@ -1665,6 +1672,31 @@ class Gpu(Case):
                 self.assertEqual(
                     without_gpu_kernel(predictor.shrink), {"ScaleAndTranslate"}
                 )
+
+    def test_pixels_are_counted_where_the_network_computes(self):
+        pixels = tf.TensorSpec((None, None), tf.uint8)
+        count = tf.function(helper.confidence_histogram)
+        graph = count.get_concrete_function(pixels, pixels).graph
+        of_pixels = [
+            op
+            for op in graph.get_operations()
+            if op.outputs[0].shape.as_list() == [None, None] and op.inputs
+        ]
+        self.assertGreater(len(of_pixels), 5)
+        for op in of_pixels:
+            types = {name: op.node_def.attr[name].type for name in op.node_def.attr}
+            on_host = [
+                kernel.host_memory_arg
+                for kernel in kernels.get_registered_kernels_for_op(op.type).kernel
+                if kernel.device_type in ("GPU", "DEFAULT")
+                and all(
+                    types[c.name] in c.allowed_values.list.type
+                    for c in kernel.constraint
+                )
+            ]
+            result = op.op_def.output_arg[0].name
+            with self.subTest(op.type):
+                self.assertTrue(any(result not in names for names in on_host))
 
     def test_shrinking_is_placed_on_the_host(self):
         graph = predictor_of(small_model()[0]).shrink.get_concrete_function().graph
@@ -2426,6 +2458,25 @@ def measures_by_hand(confidence, labels):
 
 
 class Score(Program):
+    def test_large_images_are_held_one_by_one(self):
+        read, held, most = helper.read_image, [], [0]
+
+        def watched(path):
+            image = read(path)
+            held.append(weakref.ref(image))
+            most[0] = max(most[0], sum(each() is not None for each in held))
+            return image
+
+        split = helper.find_images(self.folder / "data", holdout_fraction=0.9)
+        images = [sample.image for sample in split.holdout]
+        predictor = predictor_of(small_model()[0], batch_size=9)
+        self.patch(helper, "IN_FLIGHT", 1)
+        self.patch(helper, "read_image", watched)
+        helper.save_inference_samples(self.folder / "out", predictor, images)
+        helper.score_holdout(self.folder / "out", predictor, split.holdout)
+        self.assertGreater(len(images), 9)
+        self.assertLess(most[0], 5)
+
     def test_scores_follow_from_the_files_in_holdout_alone(self):
         self.data("drawn", draw)  # of KITTI's size, calibrated
         calibrations = self.folder / "data/data_road/training/calib"
@@ -2543,8 +2594,10 @@ class Score(Program):
 
     def test_a_submission_is_what_the_benchmark_takes(self):
         self.data("calibrated", draw_calibrated)
-        self.assertEqual(self.main("--epochs", 0, "--submission")[0], 0)
+        code, said, _ = self.main("--epochs", 0, "--submission")
+        self.assertEqual(code, 0)
         (run_dir,) = self.run_dirs()
+        self.assertIn(f"benchmark's server: {run_dir / 'submission.zip'}", said)
         with zipfile.ZipFile(run_dir / "submission.zip") as archive:
             names = [f"{kind}_road_000000.png" for kind in ("um", "umm", "uu")]
             self.assertEqual(sorted(archive.namelist()), names)
@@ -2765,6 +2818,43 @@ class Resume(Program):
         self.assertEqual(code, 0)
         self.assertIn("resumed at step 6 of 6", output)
         self.assertEqual(self.record()["state"], "finished")
+
+    def test_a_gpu_that_fails_makes_no_checkpoint_a_damaged_one(self):
+        run_dir = self.reuse("--checkpoint-minutes", 0, until=5)
+        names = self.files(run_dir / "checkpoint")
+        for error in tf.errors.InternalError, tf.errors.UnknownError:
+            failing = error(None, None, "Dst tensor is not initialized\nat line 5")
+            with mock.patch.object(tf.train.Checkpoint, "read", side_effect=failing):
+                said = "^TensorFlow: Dst tensor is not initialized: end what else is on"
+                self.assert_line(self.resume(), said)
+            self.assertEqual(self.files(run_dir / "checkpoint"), names)
+        without = tf.errors.NotFoundError(None, None, "No algorithm worked!")
+        with mock.patch.object(main, "train_nn", side_effect=without):
+            self.assert_line(self.resume(), "^TensorFlow: No algorithm worked!: .*GPU")
+
+    def test_weights_that_are_all_replaced_are_not_drawn_before(self):
+        run_dir = self.reuse(until=4)
+        images = self.folder / "data" / "data_road" / "testing" / "image_2"
+        load_vgg = mock.Mock(side_effect=small_vgg)
+        self.patch(main, "load_vgg", load_vgg)
+        self.assertEqual(self.main("--epochs", 0)[0], 0)
+        self.assertEqual(self.call("--resume", run_dir)[0], 0)
+        self.assertEqual(self.main("--weights", run_dir, "--epochs", 0)[0], 0)
+        self.assertEqual(self.call("--weights", run_dir, "--predict", images)[0], 0)
+        found = [
+            bound(small_vgg, call.args, call.kwargs)["vgg_path"]
+            for call in load_vgg.call_args_list
+        ]
+        self.assertEqual(found, ["random", None, None, None])
+
+    def test_what_is_trained_needs_no_room_for_checkpoints(self):
+        run_dir = self.reuse("--checkpoint-minutes", 0, until=5)
+        with mock.patch.object(helper.Run, "score", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.resume()[0], 130)
+        parameters = self.trained(run_dir).count_params()
+        usage = mock.Mock(return_value=mock.Mock(free=8 * parameters + 3 * 10**6))
+        with mock.patch.object(shutil, "disk_usage", usage):
+            self.assertEqual(self.resume()[0], 0)
 
     def test_weights_come_with_a_checkpoint_and_history_goes_back_with_it(self):
         seen = []
@@ -3255,8 +3345,14 @@ class Devices(Program):
         one = self.outcome(self.reuse(*self.settings))
         self.assert_same(one, one, 1, 1)
         two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), 1
-        with mock.patch.object(helper, "choose_strategy", return_value=two):
+        predictors = mock.Mock(wraps=helper.Predictor)
+        with (
+            mock.patch.object(helper, "choose_strategy", return_value=two),
+            mock.patch.object(helper, "Predictor", predictors),
+        ):
             self.assertEqual(self.main(*self.settings)[0], 0)
+        ((_, _, batch_size),) = (each.args for each in predictors.call_args_list)
+        self.assertEqual(batch_size, 2)  # of 5: it has one device
         self.assert_same(self.outcome(self.run_dirs()[-1]), one, 2, 1)
 
     def test_two_workers_that_stop_lose_one_and_go_on_are_as_one(self):
@@ -3602,6 +3698,22 @@ class Use(Program):
         kept = helper.count_packets(str(self.out() / "cut.mp4"))[0]
         self.assertEqual(kept, 60 - missing)
 
+    def test_a_video_that_ffmpeg_leaves_half_written_is_not_kept(self):
+        path, write = self.video(self.folder / "drive.mp4"), imageio_ffmpeg.write_frames
+
+        def on_a_full_disk(target, *args, **kwargs):
+            """Write all but the end, of which imageio_ffmpeg says nothing."""
+            try:
+                yield from write(target, *args, **kwargs)
+            finally:
+                os.truncate(target, os.path.getsize(target) // 2)
+
+        self.patch(imageio_ffmpeg, "write_frames", on_a_full_disk)
+        self.assert_line(
+            self.use("--predict", path), r"drive.mp4: ffmpeg wrote 0 of 30 .*make room"
+        )
+        self.assertEqual(list((self.folder / "out").rglob("*.mp4")), [])
+
     def test_a_trimmed_video_has_the_frames_that_it_shows(self):
         whole = self.video(self.folder / "whole.mp4", rate=10, count=60)
         path = self.folder / "trimmed.mp4"
@@ -3799,7 +3911,8 @@ def a_record(**changes):
     record |= {"config": defaults | {"epochs": 3, "l2": 0.5}, "defaults": defaults}
     record |= {"network": main.NETWORK, "versions": {"keras": "3.15.1"}}
     record["device"] = {"name": "TPU v9", "replicas": 2, "workers": 1, "xla": False}
-    record |= {"data": {"training": 30, "holdout": 3, "test": 2}, "resumed": [20]}
+    record |= {"data": {"training": 30, "holdout": 3, "test": 2}, "images": "0a1b"}
+    record |= {"resumed": [20]}
     record |= {"history": epochs(3), "holdout": holdout}
     image = {"um": measures, "urban": measures}
     record["scores"] = {"image": image, "bev": {"um": measures}}
@@ -4282,22 +4395,23 @@ class Report(Program):
         with Image.open(self.run_dirs()[0] / "progress.gif") as gif:
             self.assertEqual(gif.n_frames, 2)
 
-    def test_the_progress_has_at_most_60_frames_and_ends_with_the_last(self):
-        for epochs, count in (1, 1), (50, 50), (121, 42), (600, 61):
+    def test_the_progress_has_at_most_62_frames_and_ends_with_the_last(self):
+        for epochs, count in (1, 1), (50, 50), (121, 42), (600, 61), (719, 61):
             followed = [
                 n for n in range(1, epochs + 1) if helper.is_followed(n, epochs)
             ]
             self.assertEqual((len(followed), followed[-1]), (count, epochs))
         folder = self.folder / "checkpoint" / "frames"
         folder.mkdir(parents=True)
-        for number in range(1, 101):
-            frame = Image.new("RGB", (96, 32), (number, 0, 0))
-            frame.save(folder / f"{number:09}.png")
-        helper.write_progress(self.folder)
-        with Image.open(self.folder / "progress.gif") as gif:
-            self.assertTrue(40 < gif.n_frames <= 60)
-            gif.seek(gif.n_frames - 1)
-            self.assertEqual(gif.convert("RGB").getpixel((9, 9)), (100, 0, 0))
+        for kept, shown in (62, 62), (100, 50):
+            for number in range(1, kept + 1):
+                frame = Image.new("RGB", (96, 32), (number, 0, 0))
+                frame.save(folder / f"{number:09}.png")
+            helper.write_progress(self.folder)
+            with Image.open(self.folder / "progress.gif") as gif:
+                self.assertEqual(gif.n_frames, shown)
+                gif.seek(gif.n_frames - 1)
+                self.assertEqual(gif.convert("RGB").getpixel((9, 9)), (kept, 0, 0))
 
 
 # --------------------------------------------------------------------- benchmark
