@@ -13,7 +13,6 @@ import errno
 import functools
 import hashlib
 import html
-import importlib.metadata
 import io
 import itertools
 import json
@@ -100,6 +99,7 @@ try:
         import imageio_ffmpeg  # comes with imageio[ffmpeg]
         import keras
         import numpy as np
+        import PIL
         import requests  # comes with tensorflow
         import tensorflow as tf
         import urllib3  # comes with requests
@@ -2450,7 +2450,7 @@ class Run:
             del config[name]
         if self.config.resume:  # what was asked for, not what it came to
             config["precision"] = self.record["config"]["precision"]
-        packages = "tensorflow", "keras", "numpy", "imageio", "pillow"
+        packages = tf, keras, np, PIL, imageio_ffmpeg
         return {
             "state": "running",
             "started": self.record.get("started", now()),
@@ -2461,7 +2461,7 @@ class Run:
             "device": self.device.facts(),
             "data": self.split.counts(),
             "images": self.split.names_digest(),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": {each.__name__: each.__version__ for each in packages},
         }
 
     def begin(self, state, predictor, total_steps):
