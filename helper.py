@@ -551,6 +551,10 @@ def decoration(what):
 
 # ----------------------------------------------------------------------- devices
 
+# Without AutoGraph, which nothing here needs: at the first call it would read the
+# source as it is by then, not as it was when the program began.
+traced = functools.partial(tf.function, autograph=False)
+
 
 @dataclasses.dataclass
 class Device:
@@ -1433,6 +1437,7 @@ class Batches:
         part = functools.partial(self.ordered_part, context)
         return self.prefetched(indices.map(part, tf.data.AUTOTUNE))
 
+    @tf.autograph.experimental.do_not_convert
     def training_part(self, context, index):
         """Return the part with number `index` of the training steps."""
         step, replica = step_and_replica(context, index)
@@ -1443,6 +1448,7 @@ class Batches:
         images, labels = augment(images, labels, tf.gather(draws, places, axis=1))
         return self.weighted(images, labels, rows, real)
 
+    @tf.autograph.experimental.do_not_convert
     def ordered_part(self, context, index):
         """Return the part with number `index` of the samples in order."""
         step, replica = step_and_replica(context, index)
@@ -1527,10 +1533,10 @@ class Predictor:
         small = tf.TensorSpec((None, *image_shape, 3), tf.uint8)
         roads = tf.TensorSpec((None, None, None), tf.float32)
         size = tf.TensorSpec((2,), tf.int32)
-        self.shrink = tf.function(self._shrink, input_signature=[images])
-        self.network = tf.function(self._network, input_signature=[small])
-        self.grow = tf.function(self._grow, input_signature=[roads, size])
-        self.serve = tf.function(self._serve, input_signature=[images])
+        self.shrink = traced(self._shrink, input_signature=[images])
+        self.network = traced(self._network, input_signature=[small])
+        self.grow = traced(self._grow, input_signature=[roads, size])
+        self.serve = traced(self._serve, input_signature=[images])
 
     def _shrink(self, images):
         with host():  # it has no GPU kernel; and less goes over

@@ -446,8 +446,8 @@ class TrainStep:
         self.dropouts = [y for y in model.layers if hasattr(y, "seed_generator")]
         with device.strategy.scope():
             self.step = tf.Variable(0, dtype=tf.int64)
-        self.plain = tf.function(self.on_all_replicas)
-        self.compiled = tf.function(self.on_all_replicas, jit_compile=True)
+        self.plain = helper.traced(self.on_all_replicas)
+        self.compiled = helper.traced(self.on_all_replicas, jit_compile=True)
 
     def __call__(self, *batch):
         if not self.device.xla:
@@ -525,7 +525,7 @@ def optimize(model, learning_rate, vgg_factor=1.0, seed=0, device=None):
     return train_step, state
 
 
-@tf.function(reduce_retracing=True)
+@helper.traced(reduce_retracing=True)
 def holdout_step(model, strategy, images, labels):
     """Return a batch's summed cross entropy and its confidence histogram, float64."""
 

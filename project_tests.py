@@ -65,6 +65,7 @@ import numpy as np
 import requests
 import tensorflow as tf
 from PIL import Image
+from tensorflow.python.autograph.impl import api as autograph
 from tensorflow.python.framework import kernels
 
 import main
@@ -2155,6 +2156,18 @@ class Run(Program):
         road = predict_road(model, image[None])[0]
         overlay = helper.read_image(run_dir / path.name)
         np.testing.assert_array_equal(overlay, helper.overlay(image, road))
+
+    def test_a_source_that_is_edited_meanwhile_is_not_read(self):
+        convert, read = autograph._convert_actual, set()
+
+        def noted(entity, context):
+            read.add(inspect.getfile(entity))
+            return convert(entity, context)
+
+        self.patch(autograph, "_convert_actual", noted)
+        self.assertEqual(self.main()[0], 0)
+        self.assertFalse(read & {main.__file__, helper.__file__})
+        self.assertTrue(read)  # TensorFlow's own
 
     def test_the_same_seed_gives_the_same_bits(self):
         self.reuse()
