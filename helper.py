@@ -194,8 +194,8 @@ def explain(error):
     elif isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
         message = "another worker has ended: start all of them again, with --resume"
     else:
-        message = f"TensorFlow: {first_line(error)}: end what else is on the GPU (see "
-        message += "nvidia-smi), or lower --batch-size"
+        message = f"TensorFlow: {first_line(error)}: see whether another program has "
+        message += "the GPU (nvidia-smi) or the disk fails; or lower --batch-size"
     print(printable(message), file=sys.stderr)
     return code
 

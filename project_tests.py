@@ -2838,7 +2838,7 @@ class Resume(Program):
         for error in tf.errors.InternalError, tf.errors.UnknownError:
             failing = error(None, None, "Dst tensor is not initialized\nat line 5")
             with mock.patch.object(tf.train.Checkpoint, "read", side_effect=failing):
-                said = "^TensorFlow: Dst tensor is not initialized: end what else is on"
+                said = "^TensorFlow: Dst tensor is not initialized: see .*nvidia-smi"
                 self.assert_line(self.resume(), said)
             self.assertEqual(self.files(run_dir / "checkpoint"), names)
         without = tf.errors.NotFoundError(None, None, "No algorithm worked!")
