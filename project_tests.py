@@ -3056,7 +3056,8 @@ class FileOperations:
     """The file operations below a folder; from one on, none is done any more.
 
     Python reports each of them, before it is done, to an audit hook, which stays for
-    good. What clears up after an exception fails too, as after a kill.
+    good; what is opened to be written is then there, and empty. What clears up after
+    an exception fails too, as after a kill.
     """
 
     events = "open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"
@@ -3073,9 +3074,14 @@ class FileOperations:
         if isinstance(arguments[0], str) and self.folder not in arguments[0]:
             return  # names in a folder that is being removed are not whole paths
         self.left -= 1
-        if self.left < 0:
-            self.killed_at = self.killed_at or (event, *arguments)
-            raise Killed
+        if self.left >= 0:
+            return
+        if event == "open" and not self.killed_at and "w" in str(arguments[1]):
+            self.left = None
+            open(arguments[0], "wb").close()  # opened, and killed before it writes
+            self.left = -1
+        self.killed_at = self.killed_at or (event, *arguments)
+        raise Killed
 
 
 class Damaged(Program):
@@ -3196,6 +3202,9 @@ class Damaged(Program):
         names = "record", "saved_progress", "saved_time", "checkpoint_number"
         self.patch(keras.Model, "save_weights", weights_by_python)
         self.patch(tf.train.Checkpoint, "write", checkpoint_by_python)
+        frame = np.zeros((32, 96, 3), np.uint8)  # these take time, and write nothing
+        self.patch(helper, "followed_frame", mock.Mock(return_value=frame))
+        self.patch(main, "evaluate", lambda *_: scored(50))
         self.patch(helper.Run, "score", mock.Mock())  # of no matter here
         self.patch(helper, "save_inference_samples", mock.Mock())
         with mock.patch.object(helper.Run, "keep", kills):
