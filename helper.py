@@ -114,17 +114,18 @@ class Stopped(KeyboardInterrupt):
     """A signal came that ends the program; its number is the argument."""
 
 
+WORKER_ENDED = tf.errors.UnavailableError, tf.errors.AbortedError  # another one
+DEVICE_FAILED = tf.errors.InternalError, tf.errors.UnknownError  # a GPU, or a disk
+OUT_OF_MEMORY = MemoryError, tf.errors.ResourceExhaustedError
+
+
 @contextlib.contextmanager
 def blaming(path, what, advice):
     """Turn whatever goes wrong inside into a ProgramError: `path` is not `what`."""
     try:
         yield
-    except (MemoryError, tf.errors.ResourceExhaustedError, ProgramError):
-        raise
-    except (tf.errors.UnavailableError, tf.errors.AbortedError):  # another worker's end
-        raise
-    except (tf.errors.InternalError, tf.errors.UnknownError):  # the device's, or the
-        raise  # disk's: what is there may be good
+    except (*OUT_OF_MEMORY, *WORKER_ENDED, *DEVICE_FAILED, ProgramError):
+        raise  # what is there may be good
     except PermissionError as error:
         raise ProgramError(f"{path}: {error.strerror}: see who may read it") from error
     except Exception as error:  # decoders raise what they like
@@ -166,13 +167,10 @@ FULL = errno.ENOSPC, errno.EDQUOT, errno.EROFS  # where nothing more can be writ
 EXPECTED = (  # what may end the program; anything else is a bug, with a traceback
     ProgramError,
     OSError,
-    MemoryError,
-    tf.errors.ResourceExhaustedError,
-    tf.errors.UnavailableError,  # another worker's end
-    tf.errors.AbortedError,
-    tf.errors.InternalError,  # a GPU without memory for its libraries, or held by
-    tf.errors.UnknownError,  # another program, shows in all of these
-    tf.errors.NotFoundError,
+    *OUT_OF_MEMORY,
+    *WORKER_ENDED,
+    *DEVICE_FAILED,
+    tf.errors.NotFoundError,  # of an algorithm, on a GPU that is full
     KeyboardInterrupt,
 )
 
@@ -182,7 +180,7 @@ def explain(error):
     code = 1
     if isinstance(error, ProgramError):
         message = str(error)
-    elif isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)):
+    elif isinstance(error, OUT_OF_MEMORY):
         message = "out of memory: lower --batch-size, --image-height or --image-width"
     elif isinstance(error, OSError):
         message = f"{error.filename or 'the disk'}: {error.strerror or error}"
@@ -191,7 +189,7 @@ def explain(error):
     elif isinstance(error, KeyboardInterrupt):
         signum = signal.Signals(*error.args or [signal.SIGINT])
         message, code = f"stopped by {signum.name}", 128 + signum
-    elif isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
+    elif isinstance(error, WORKER_ENDED):
         message = "another worker has ended: start all of them again, with --resume"
     else:
         message = f"TensorFlow: {first_line(error)}: see whether another program has "
@@ -720,7 +718,7 @@ def naming_the_batch_that_fits(model, image_shape, batch_size, replicas):
     """Turn a lack of memory inside into a ProgramError that says what should fit."""
     try:
         yield
-    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+    except OUT_OF_MEMORY as error:
         fits = min(largest_batch(model, image_shape, replicas), batch_size - 1)
         found = f"{fits} should fit; set that, or" if fits else "too many:"
         raise ProgramError(

@@ -1606,7 +1606,7 @@ class Optimize(Case):
 
 @functools.cache
 def gpu_kernels():
-    """Return {op: the types, by attribute, of each of its kernels for a GPU}.
+    """Return {op: (its types by attribute, what it keeps on the host) of each kernel}.
 
     TensorFlow's CUDA build registers them on any machine.
     """
@@ -1614,25 +1614,25 @@ def gpu_kernels():
     for kernel in kernels.get_all_registered_kernels().kernel:
         if kernel.device_type in ("GPU", "DEFAULT"):
             allowed = {c.name: c.allowed_values.list.type for c in kernel.constraint}
-            found[kernel.op].append(
-                {name: set(types) for name, types in allowed.items()}
-            )
+            found[kernel.op].append((allowed, kernel.host_memory_arg))
     return found
+
+
+def fitting_kernels(node):
+    """Return what each GPU kernel that fits a node of a graph keeps on the host."""
+    types = {name: value.type for name, value in node.attr.items() if value.type}
+    return [
+        on_host
+        for allowed, on_host in gpu_kernels()[node.op]
+        if all(types[name] in kinds for name, kinds in allowed.items())
+    ]
 
 
 def without_gpu_kernel(function, *arguments):
     """Return the ops of a tf.function, of all it calls too, that no GPU kernel fits."""
     graph = function.get_concrete_function(*arguments).graph.as_graph_def()
     nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
-    lacking = set()
-    for node in nodes:
-        types = {name: value.type for name, value in node.attr.items() if value.type}
-        if not any(
-            all(types[name] in allowed for name, allowed in kernel.items())
-            for kernel in gpu_kernels()[node.op]
-        ):
-            lacking.add(node.op)
-    return lacking
+    return {node.op for node in nodes if not fitting_kernels(node)}
 
 
 class Gpu(Case):
@@ -1685,17 +1685,7 @@ class Gpu(Case):
         ]
         self.assertGreater(len(of_pixels), 5)
         for op in of_pixels:
-            types = {name: op.node_def.attr[name].type for name in op.node_def.attr}
-            on_host = [
-                kernel.host_memory_arg
-                for kernel in kernels.get_registered_kernels_for_op(op.type).kernel
-                if kernel.device_type in ("GPU", "DEFAULT")
-                and all(
-                    types[c.name] in c.allowed_values.list.type
-                    for c in kernel.constraint
-                )
-            ]
-            result = op.op_def.output_arg[0].name
+            result, on_host = op.op_def.output_arg[0].name, fitting_kernels(op.node_def)
             with self.subTest(op.type):
                 self.assertTrue(any(result not in names for names in on_host))
 
