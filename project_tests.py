@@ -1480,6 +1480,18 @@ class Optimize(Case):
             np.testing.assert_array_equal(ours, theirs)
         self.assertGreater(step(images, labels, weights).numpy()[2], 0)
 
+    def test_the_loss_scale_is_resumed_too(self):
+        images, labels, weights = small_batch()
+        step, state = self.optimize(precision="float16")
+        step(images, labels, weights * np.float32(1e37))  # halves the scale
+        path = state.write(str(self.folder / "ckpt"))
+        scale, expected = step.optimizer.dynamic_scale.numpy(), step(*small_batch())
+        self.model, _ = small_model()
+        step, state = self.optimize(precision="float16")
+        state.read(path).assert_consumed()
+        self.assertEqual(step.optimizer.dynamic_scale.numpy(), scale)
+        np.testing.assert_array_equal(step(*small_batch()), expected)
+
     def test_in_half_precision_only_the_encoder_computes(self):
         plain = self.five_steps()[0]
         self.addCleanup(keras.config.set_dtype_policy, "float32")
