@@ -134,8 +134,17 @@ def blaming(path, what, advice):
 
 
 def first_line(error):
-    """Return the first line of an error's message, not too long."""
+    """Return the first line of an error's message, not too long.
+
+    Of TensorFlow's that with the reason: first it says which operation failed, and
+    where in the source that was made.
+    """
     message = str(error).strip() or type(error).__name__
+    message = re.sub(r"^{{function_node .*?}} ", "", message)
+    if message.startswith("Graph execution error"):
+        before_node = message.partition("\n\t [[")[0]
+        message = re.split(r"\n\n(?! )|<stack traces unavailable>\n", before_node)[-1]
+        message = re.sub(r"^\d+ root error\(s\) found\.\s+\(0\) ", "", message)
     return message.partition("\n")[0][:200]
 
 
@@ -612,6 +621,8 @@ def prepare_device(precision="auto", xla=False, deterministic=False):
             tf.config.threading.set_inter_op_parallelism_threads(1)
         strategy, workers = choose_strategy()
         tf.config.list_logical_devices()
+        for number in range(len(gpus)):
+            check_gpu(number)
     if not gpus and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
         print(*REMARKS, sep="", end="", file=sys.stderr)
         print("TensorFlow cannot use the NVIDIA GPU, so the CPU works. To mend it: pip")
@@ -627,16 +638,36 @@ def prepare_device(precision="auto", xla=False, deterministic=False):
     if gpus:
         details = tf.config.experimental.get_device_details(gpus[0])
         device.name = details.get("device_name", gpus[0].name)
-    device.xla = xla and device.replicas == 1 and compute_capability() < (10, 0)
+    device.xla = xla and not deterministic and device.replicas == 1
+    device.xla &= compute_capability() < (10, 0)
     shared = f", {device.replicas} replicas" if device.replicas > 1 else ""
     shared += f" on {workers} workers" if workers > 1 else ""
     print(device.name + shared, precision + (", XLA" if device.xla else ""), sep=", ")
     if xla and not device.xla:
-        print("XLA is off: it works on one replica, and not on Blackwell GPUs")
+        print("XLA is off: not for several replicas, --deterministic or Blackwell GPUs")
     if deterministic:
         print("deterministic: the same bits on every run, at a lower speed on a GPU")
         tf.config.experimental.enable_op_determinism()
     return device
+
+
+def check_gpu(number):
+    """Raise ProgramError unless a GPU convolves, which takes all that may not fit.
+
+    Its driver, CUDA, cuDNN and TensorFlow's kernels; later it would end a run that has
+    begun, with an error that names none of these.
+    """
+    try:
+        with tf.device(f"GPU:{number}"):
+            x = tf.nn.conv2d(tf.ones((1, 8, 8, 4)), tf.ones((3, 3, 4, 4)), 1, "SAME")
+            x.numpy()
+    except tf.errors.OpError as error:
+        raise ProgramError(
+            f"TensorFlow cannot compute with GPU {number} ({first_line(error)}): see "
+            "whether another program has it (nvidia-smi) and whether its driver is up "
+            "to date (TF_CPP_MIN_LOG_LEVEL=0 in front of the command says more), or "
+            "set CUDA_VISIBLE_DEVICES=-1, and the CPU works"
+        ) from error
 
 
 def compute_capability():
@@ -649,6 +680,7 @@ def compute_capability():
 
 def choose_strategy():
     """Return the strategy for this machine's GPUs and TF_CONFIG's, and its workers."""
+    gpus = tf.config.list_physical_devices("GPU")
     if "TF_CONFIG" in os.environ:
         advice = "correct it, or unset it to train on this machine alone"
         with blaming("TF_CONFIG", "a cluster", advice):
@@ -657,9 +689,16 @@ def choose_strategy():
             workers = len(jobs.get("chief", [])) + len(jobs.get("worker", []))
             if workers > 1:
                 print(f"waiting until all {workers} workers are there", flush=True)
+                # "auto" goes through the hosts, between the GPUs of one machine too
+                options = tf.distribute.experimental.CommunicationOptions(
+                    implementation="nccl" if gpus else "auto"
+                )
                 with handling_signals(signal.SIG_DFL):  # it waits where no Python runs
-                    return tf.distribute.MultiWorkerMirroredStrategy(), workers
-    if len(tf.config.list_physical_devices("GPU")) > 1:
+                    strategy = tf.distribute.MultiWorkerMirroredStrategy(
+                        communication_options=options
+                    )
+                return strategy, workers
+    if len(gpus) > 1:
         return tf.distribute.MirroredStrategy(), 1
     return tf.distribute.get_strategy(), 1
 
@@ -720,10 +759,10 @@ def naming_the_batch_that_fits(model, image_shape, batch_size, replicas):
         yield
     except OUT_OF_MEMORY as error:
         fits = min(largest_batch(model, image_shape, replicas), batch_size - 1)
-        found = f"{fits} should fit; set that, or" if fits else "too many:"
+        advice = f"{fits} should fit; set that, or lower" if fits else "lower it,"
         raise ProgramError(
-            f"out of memory with --batch-size {batch_size}: {found} lower "
-            "--image-height and --image-width"
+            f"out of memory with --batch-size {batch_size}: {advice} --image-height or "
+            "--image-width"
         ) from error
 
 
@@ -2553,8 +2592,8 @@ class Run:
         epoch["learning_rate"] = float(self.state.optimizer.learning_rate)
         if self.device.chief:
             self.keep(epoch)
-        stops = self.device.mean(self.stop.signum is not None)
-        if self.device.workers > 1 and stops:  # all stop, or none
+        stops = self.stop.signum is not None
+        if self.device.workers > 1 and self.device.mean(stops):  # all stop, or none
             self.stop.signum = self.stop.signum or signal.SIGTERM
             self.stop.set()
 

@@ -8,6 +8,7 @@ everything around the network is in helper.py.
 import argparse
 import dataclasses
 import functools
+import gc
 import os
 import sys
 import threading
@@ -315,6 +316,8 @@ def load_vgg(vgg_path, keep_prob):
             layer.set_weights(
                 [value.reshape(w.shape) for value, w in zip(values, layer.weights)]
             )
+        del original
+        gc.collect()  # Keras's models are cycles; this one's 553 MB may be a GPU's
     pools = (vgg.get_layer(f"block{block}_pool").output for block in (3, 4))
     return image_input, *pools, encoder.output
 
@@ -377,10 +380,13 @@ def fcn8s(vgg_path, keep_prob, l2=0.001):
 
 
 def cross_entropy(logits, labels):
-    """Return the cross entropy (B,) summed over each image's valid pixels."""
+    """Return the cross entropy (B,) summed over each image's valid pixels.
+
+    The labels are int64, as a GPU sends int32 to the host and back to flatten it.
+    """
     valid = labels != VOID
     pixels = tf.nn.sparse_softmax_cross_entropy_with_logits(
-        tf.where(valid, tf.cast(labels, tf.int32), 0), logits
+        tf.where(valid, tf.cast(labels, tf.int64), 0), logits
     )
     return tf.reduce_sum(tf.where(valid, pixels, 0), axis=(1, 2))
 
@@ -429,6 +435,10 @@ def warm_up_and_cosine(learning_rate, epochs, steps):
         warmup_target=learning_rate,
         warmup_steps=steps,
     )
+
+
+# Gradients are summed in packs, while those of the layers before are computed.
+PACKS = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=2**25)
 
 
 class TrainStep:
@@ -480,7 +490,7 @@ class TrainStep:
             l2 = tf.add_n(self.model.losses) / self.device.replicas
             total = self.optimizer.scale_loss(loss + l2)
         sums = [loss, l2, *tape.gradient(total, variables)]
-        loss, l2, *gradients = replica.all_reduce("SUM", sums)
+        loss, l2, *gradients = replica.all_reduce("SUM", sums, options=PACKS)
         # Keras would clip before the sum, each replica for itself
         scale = self.optimizer.scale_loss(1.0)
         gradients, norm = tf.clip_by_global_norm(gradients, scale)

@@ -1263,7 +1263,15 @@ class LoadVgg(Case):
         outputs = [original.get_layer(name).output for name in names]
         cls.expected = [y.numpy() for y in keras.Model(original.input, outputs)(x)]
         del original
-        image_input, *pools = main.load_vgg(cls.weights, 0.8)
+        build, cls.built = keras.applications.VGG16, weakref.WeakSet()
+
+        def watched(*args, **kwargs):
+            model = build(*args, **kwargs)
+            cls.built.add(model)
+            return model
+
+        with mock.patch.object(keras.applications, "VGG16", watched):
+            image_input, *pools = main.load_vgg(cls.weights, 0.8)
         cls.model = keras.Model(image_input, pools)
 
     @classmethod
@@ -1277,6 +1285,9 @@ class LoadVgg(Case):
             error = np.abs(ours - theirs).max() / np.abs(theirs).max()
             self.assertLess(error, 1e-4)
             self.assertGreater(theirs.std(), 0)
+
+    def test_the_file_that_was_read_does_not_stay_in_memory(self):
+        self.assertEqual([model for model in self.built if len(model.weights) > 26], [])
 
     def test_outputs_have_the_shapes_the_decoder_expects(self):
         pool3, pool4, fc7 = self.model(np.zeros((2, 64, 96, 3), np.uint8))
@@ -1686,20 +1697,25 @@ class Gpu(Case):
                     without_gpu_kernel(predictor.shrink), {"ScaleAndTranslate"}
                 )
 
-    def test_pixels_are_counted_where_the_network_computes(self):
-        pixels = tf.TensorSpec((None, None), tf.uint8)
-        count = tf.function(helper.confidence_histogram)
-        graph = count.get_concrete_function(pixels, pixels).graph
-        of_pixels = [
-            op
-            for op in graph.get_operations()
-            if op.outputs[0].shape.as_list() == [None, None] and op.inputs
-        ]
-        self.assertGreater(len(of_pixels), 5)
-        for op in of_pixels:
-            result, on_host = op.op_def.output_arg[0].name, fitting_kernels(op.node_def)
-            with self.subTest(op.type):
-                self.assertTrue(any(result not in names for names in on_host))
+    def test_no_pixel_goes_over_to_the_host(self):
+        labels = tf.TensorSpec((2, 32, 96), tf.uint8)
+        logits = tf.TensorSpec((2, 32, 96, 2), tf.float32)
+        for function, *arguments in (
+            (helper.confidence_histogram, labels, labels),
+            (main.cross_entropy, logits, labels),
+        ):
+            graph = helper.traced(function).get_concrete_function(*arguments).graph
+            of_pixels = [
+                (op, argument.name)
+                for op in graph.get_operations()
+                for x, argument in zip(op.inputs, op.op_def.input_arg)
+                if (x.shape.num_elements() or 0) >= 2 * 32 * 96
+            ]
+            self.assertGreater(len(of_pixels), 5)
+            for op, argument in of_pixels:
+                with self.subTest(function.__name__, op=op.type):
+                    kept_there = fitting_kernels(op.node_def)
+                    self.assertTrue(any(argument not in names for names in kept_there))
 
     def test_shrinking_is_placed_on_the_host(self):
         graph = predictor_of(small_model()[0]).shrink.get_concrete_function().graph
@@ -3098,6 +3114,69 @@ class FileOperations:
         raise Killed
 
 
+class Failures(Case):
+    def said(self, function, *arguments):
+        with self.assertRaises(tf.errors.OpError) as caught:
+            function(*arguments)
+        return helper.first_line(caught.exception)
+
+    def test_of_a_failing_operation_the_reason_is_said(self):
+        def check(x):
+            return tf.debugging.check_numerics(x, "of this network")
+
+        for function in check, helper.traced(check):
+            said = self.said(function, tf.constant(np.nan))
+            self.assertRegex(said, "^of this network : Tensor had NaN values")
+        head = "Graph execution error:\n\nDetected at node a/b defined at (most recent "
+        head += "call last):\n<stack traces unavailable>\n"
+        for several in "", "2 root error(s) found.\n  (0) ":
+            message = f"{head}{several}No algorithm worked!\n\t [[{{{{node a/b}}}}]]"
+            error = tf.errors.NotFoundError(None, None, message)
+            self.assertEqual(helper.first_line(error), "No algorithm worked!")
+
+    def test_a_gpu_that_cannot_compute_is_named_at_the_start(self):
+        helper.check_gpu(0)  # where there is none TensorFlow takes the CPU
+        error = tf.errors.InvalidArgumentError(None, None, "No DNN in stream executor.")
+        with (
+            mock.patch.object(tf.nn, "conv2d", side_effect=error),
+            self.assertRaises(ProgramError) as caught,
+        ):
+            helper.check_gpu(1)
+        said = r"with GPU 1 \(No DNN in stream executor\.\): see .*nvidia-smi.*, or set"
+        self.assertRegex(str(caught.exception), said)
+        seen, check = (
+            tf.config.list_physical_devices,
+            mock.Mock(side_effect=[None, error]),
+        )
+        gpus = lambda kind=None: ["0", "1"] if kind == "GPU" else seen(kind)
+        with (
+            mock.patch.object(tf.config, "list_physical_devices", gpus),
+            mock.patch.object(tf.config.experimental, "set_memory_growth"),
+            mock.patch.object(helper, "choose_strategy", return_value=(ONE, 1)),
+            mock.patch.object(helper, "check_gpu", check),
+            self.assertRaises(tf.errors.InvalidArgumentError),
+        ):
+            helper.prepare_device()
+        self.assertEqual(check.call_args_list, [mock.call(0), mock.call(1)])
+
+    def test_gpus_of_several_workers_sum_by_nccl(self):
+        kinds = tf.distribute.experimental.CommunicationImplementation
+        cluster = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker"}}
+        cluster["task"]["index"] = 0
+        for gpus, expected in ((["0"], kinds.NCCL), ([], kinds.AUTO)):
+            with (
+                mock.patch.dict(os.environ, TF_CONFIG=json.dumps(cluster)),
+                mock.patch.object(
+                    tf.config, "list_physical_devices", return_value=gpus
+                ),
+                mock.patch.object(tf.distribute, "MultiWorkerMirroredStrategy") as made,
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
+                helper.choose_strategy()
+            (options,) = made.call_args.kwargs.values()
+            self.assertEqual(options.implementation, expected)
+
+
 class Damaged(Program):
     """What a run left, damaged by hand or by a kill."""
 
@@ -3475,14 +3554,22 @@ class Devices(Program):
             code, said, _ = self.main(*settings, epochs)
             self.assertEqual((code, "XLA is off" in said), (0, not epochs))
             self.assertEqual(self.record()["device"]["xla"], bool(epochs))
+        self.on_gpu(9, 0)
+        with mock.patch.object(tf.config.experimental, "enable_op_determinism"):
+            said = self.main(*settings, 0, "--deterministic")[1]
+        self.assertIn("XLA is off", said)
 
     def test_without_memory_the_batch_that_should_fit_is_named(self):
         full = tf.errors.ResourceExhaustedError(None, None, "OOM")
         self.patch(main, "train_nn", mock.Mock(side_effect=full))
-        said = "^out of memory with --batch-size 5: 4 should fit; set that, or lower"
+        said = (
+            "^out of memory with --batch-size 5: 4 should fit; set that, or lower --im"
+        )
         self.assert_refused(1, said=said)
         self.patch(helper, "largest_batch", mock.Mock(return_value=0))
-        self.assert_refused(1, said="^out of memory with --batch-size 5: too many: low")
+        self.assert_refused(
+            1, said="^out of memory with --batch-size 5: lower it, --im"
+        )
         self.patch(helper, "largest_batch", mock.Mock(return_value=2))
         self.assert_refused(1, said="^out of memory with --batch-size 5: 2 should fit")
 
