@@ -251,6 +251,7 @@ def be_a_program(main):
     warnings.filterwarnings("ignore")  # of Keras and Pillow: the program speaks itself
     if not ASKED_TO_SPEAK:  # TensorFlow takes threads that wait for a trace for traces
         tf.get_logger().setLevel(logging.ERROR)
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # on turned videos
     sys.exit(main())
 
 
@@ -1854,22 +1855,28 @@ class Prediction:
         except ProgramError as error:
             self.problems.append(str(error))
 
-    def save(self, sample):
-        """Write overlay and confidence of (file, image, road); return whether."""
-        file, image, road = sample
-        target = self.folder / self.names[file]
+    @contextlib.contextmanager
+    def writing(self, file):
+        """Note why the overlay of `file` cannot be written; a full disk ends it all."""
         try:
-            road = self.predictor.grown(road, image)
-            save_image(overlay(image, road), target)
-            confidence = to_confidence(road).numpy()
-            save_image(confidence, self.folder / "confidence" / f"{target.stem}.png")
-            return True
+            yield
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) in FULL:
                 raise
             reason = getattr(error, "strerror", None) or first_line(error)
             self.problems.append(f"{file}: cannot be written ({reason})")
-            return False
+
+    def save(self, sample):
+        """Write overlay and confidence of (file, image, road); return whether."""
+        file, image, road = sample
+        target = self.folder / self.names[file]
+        with self.writing(file):
+            road = self.predictor.grown(road, image)
+            save_image(overlay(image, road), target)
+            confidence = to_confidence(road).numpy()
+            save_image(confidence, self.folder / "confidence" / f"{target.stem}.png")
+            return True
+        return False
 
     def of_video(self, path):
         """Write the overlay of a video; return the number of its frames.
@@ -1879,9 +1886,10 @@ class Prediction:
         try:
             with blaming(path, "a readable video", f"name {READABLE}"):
                 source = str(path.absolute())  # a colon would be a protocol
-                packets, seconds = count_packets(source)
-                every = ["-fps_mode", "passthrough"]  # no varying rate is evened out
-                frames = imageio_ffmpeg.read_frames(source, output_params=every)
+                packets, seconds, end = read_packets(source)
+                # the same stream; and no varying rate is evened out
+                which = ["-map", "0:V:0", "-fps_mode", "passthrough"]
+                frames = imageio_ffmpeg.read_frames(source, output_params=which)
                 facts = next(frames)
                 first = next(frames)
         except ProgramError as error:
@@ -1890,8 +1898,9 @@ class Prediction:
         rate = facts["fps"] or 25
         if seconds > 1 and not 0.8 < packets / seconds / rate < 1.25:
             rate = packets / seconds  # what the file states is a bound
-        cut = facts["duration"] - seconds > 0.5 + 1 / rate  # it states more than it has
-        expected = max(packets, round(facts["duration"] * rate) if cut else 0)
+        lost = facts["duration"] - end  # seconds that it states, and does not have
+        cut = lost > 0.5 + 1 / rate
+        expected = round((seconds + lost) * rate) if cut else packets
         shape = *facts["size"][::-1], 3
         images = (
             (path, np.frombuffer(frame, np.uint8).reshape(shape))
@@ -1901,8 +1910,11 @@ class Prediction:
             target = self.folder / self.names[path]
             tinted = self.tinted(images, stage_depth(shape[0] * shape[1]))
             bar = tqdm(tinted, path.name, expected, unit="frame", disable=None)
-            done = write_video(target, bar, facts["size"], rate)
-        if done < expected:
+            done = 0
+            with self.writing(path):
+                done = write_video(target, bar, facts["size"], rate)
+        whole = done and not cut and facts["codec"].startswith("vp8")
+        if done < expected and not whole:  # some of VP8's packets show nothing
             missing = f"{expected - done} of {expected} frames are missing"
             self.problems.append(f"{path}: {missing}: it is damaged or cut off")
         return done
@@ -1921,24 +1933,38 @@ class Prediction:
         return overlay(image, self.predictor.grown(road, image))
 
 
-def count_packets(path):
+def read_packets(path):
     """Return how many frames a video shows, decodable or not, and their seconds.
 
-    What was cut off without encoding anew is still in the file, marked as discarded.
+    And when the last stream ends, in seconds. What was cut off without encoding anew is
+    still in the file, marked as discarded.
     """
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:V:0"]
-    command += ["-c", "copy", "-f", "framecrc", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-copyts", "-i", path]
+    for streams in "0:V:0", "0:V?", "0:a?", "0:s?":
+        command += ["-map", streams]
     done = subprocess.run(
-        command, capture_output=True, stdin=subprocess.DEVNULL, check=False
+        [*command, "-c", "copy", "-f", "framecrc", "-"],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+        text=True,
+        errors="replace",
     )
-    said = done.stderr.decode(errors="replace")
-    found = re.findall(r"frame= *(\d+).* time=(?:N/A|(\d+):(\d+):([\d.]+))", said)
-    if not found:
-        raise ValueError(said.strip().splitlines()[-1])
-    packets, hours, minutes, seconds = (float(text or 0) for text in found[-1])
-    flags = re.findall(rb"F=0x([0-9A-F]+)", done.stdout)
-    discarded = sum(int(flag, 16) & 4 > 0 for flag in flags)  # AV_PKT_FLAG_DISCARD
-    return int(packets) - discarded, 3600 * hours + 60 * minutes + seconds
+    units = re.findall(r"#tb (\d+): (\d+)/(\d+)", done.stdout)
+    units = {stream: int(above) / int(below) for stream, above, below in units}
+    starts, ends, last = [], [], 0.0
+    row = r"^(\d+), *(-?\d+), *(-?\d+), *(\d+),.*?(?:F=0x([0-9A-F]+)|$)"
+    for stream, dts, pts, length, flags in re.findall(row, done.stdout, re.MULTILINE):
+        if int(flags or "0", 16) & 4:  # AV_PKT_FLAG_DISCARD
+            continue
+        start = int(pts) if int(pts) > -(2**62) else int(dts)  # it may have none
+        last = max(last, (start + int(length)) * units[stream])
+        if stream == "0":
+            starts.append(start)
+            ends.append(start + int(length))
+    if not starts:
+        raise ValueError(done.stderr.strip().splitlines()[-1])
+    return len(starts), (max(ends) - min(starts)) * units["0"], last
 
 
 def write_video(path, frames, size, rate):
@@ -1955,8 +1981,12 @@ def write_video(path, frames, size, rate):
             codec="libx264",
             macro_block_size=1,
             ffmpeg_log_level="quiet",
-            # the default preset takes 2.3 times as long, for as many bytes
-            output_params=["-preset", "veryfast", "-crf", "21", "-f", "mp4"],
+            # the default preset takes 2.3 times as long, for as many bytes; and what
+            # does not say its colours is taken for bt709
+            output_params=[
+                *("-vf", "scale=out_color_matrix=bt709:out_range=tv"),
+                *("-preset", "veryfast", "-crf", "21", "-f", "mp4"),
+            ],
         )
         try:
             with contextlib.closing(video):
@@ -1975,7 +2005,7 @@ def write_video(path, frames, size, rate):
 def check_video(part, path, count):
     """Raise ProgramError unless `part` has all frames: ffmpeg's exit is not told."""
     try:
-        found, _ = count_packets(str(part.absolute()))
+        found, *_ = read_packets(str(part.absolute()))
     except ValueError:
         found = 0
     if found != count:

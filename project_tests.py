@@ -3820,7 +3820,7 @@ class Use(Program):
         self.assert_line(result, r"left out: .*cut.mkv: \d+ of 60 frames are missing")
         missing = int(re.search(r"(\d+) of 60", result[2])[1])
         self.assertTrue(10 < missing < 60)
-        kept = helper.count_packets(str(self.out() / "cut.mp4"))[0]
+        kept = helper.read_packets(str(self.out() / "cut.mp4"))[0]
         self.assertEqual(kept, 60 - missing)
 
     def test_a_video_that_ffmpeg_leaves_half_written_is_not_kept(self):
@@ -3851,9 +3851,64 @@ class Use(Program):
         data, *frames = imageio_ffmpeg.read_frames(str(self.out() / "trimmed.mp4"))
         self.assertEqual((data["fps"], len(frames)), (10, count))
 
+    def ffmpeg(self, name, arguments):
+        """Make a video; "video:10:2" is an input of 10 frames a second, 2 s long."""
+        video = r"-f lavfi -i testsrc=size=96x48:rate=\1:duration=\2"
+        arguments = re.sub(r"video:(\d+):(\d+)", video, arguments)
+        arguments = re.sub(r"sound:(\d+)", r"-f lavfi -i sine=duration=\1", arguments)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error"]
+        subprocess.run(
+            [*command, *arguments.split(), name], check=True, cwd=self.folder
+        )
+        return self.folder / name
+
+    def test_whole_videos_of_all_kinds_keep_their_rate_and_are_not_called_damaged(self):
+        self.ffmpeg("film.mp4", "video:10:12 sound:12")
+        self.ffmpeg("still.mp4", "video:10:2")
+        vp8 = "video:25:3 -c:v libvpx -auto-alt-ref 1 -lag-in-frames 16 -b:v 200k"
+        self.ffmpeg("first.webm", f"{vp8} -pass 1")
+        trim = "-ss 5 -i film.mp4 -t 6 -c copy"  # from the key frame before on
+        for name, rate, arguments in (
+            ("few.mp4", 5, "video:5:2"),  # whose B-frames are a large part of it
+            ("slow.mp4", 1, "video:1:5"),
+            ("sound.mp4", 10, "video:10:2 sound:4"),
+            ("late.mkv", 10, "-itsoffset 2 -i still.mp4 -c copy"),
+            ("two.mkv", 10, "video:10:2 video:10:4 -map 0 -map 1"),
+            ("hidden.webm", 25, f"{vp8} -pass 2"),  # some of its packets show nothing
+            ("trimmed.mp4", 10, trim),
+            ("trimmed.mkv", 10, trim),
+            ("trimmed.ts", 10, trim),
+        ):
+            path = self.ffmpeg(name, arguments)
+            every = ["-map", "0:V:0", "-fps_mode", "passthrough"]
+            frames = imageio_ffmpeg.read_frames(str(path), output_params=every)
+            count = sum(1 for _ in frames) - 1
+            with self.subTest(name):
+                code, _, errors = self.use("--predict", path)
+                self.assertEqual((code, errors), (0, ""))
+                written = str(self.out() / f"{path.stem}.mp4")
+                data, *frames = imageio_ffmpeg.read_frames(written)
+                self.assertEqual((data["fps"], len(frames)), (rate, count))
+
+    def test_a_video_says_which_colours_it_has(self):
+        self.assertEqual(self.use("--predict", self.video(self.folder / "a.mp4"))[0], 0)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", self.out() / "a.mp4"]
+        said = subprocess.run(command, capture_output=True, check=False).stderr
+        self.assertIn(b"yuv420p(tv, bt709", said)
+
+    def test_a_video_that_cannot_be_written_leaves_the_others(self):
+        names = ["n" * 252 + ".ts", "z.mkv"]  # an mp4's name would be too long
+        paths = [self.video(self.folder / name) for name in names]
+        result = self.use("--predict", *paths)
+        self.assert_line(
+            result, r"left out: .*n\.ts: cannot be written \(File name too"
+        )
+        self.assertEqual(self.files(self.out()), ["z.mp4"])
+
     def test_a_video_leaves_standard_input_to_others(self):
         ffmpeg = self.folder / "ffmpeg"  # it reads commands, where it takes a while
-        ffmpeg.write_text("#!/bin/sh\ncat >&2\necho frame= 3 time=00:00:01.00 >&2\n")
+        lines = "#tb 0: 1/10", "0, 0, 0, 10, 5, 0x1"
+        ffmpeg.write_text("\n".join(["#!/bin/sh", "cat >&2; cat <<E", *lines, "E\n"]))
         ffmpeg.chmod(0o755)
         self.patch(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(ffmpeg))
         inbox, outbox = os.pipe()
@@ -3862,7 +3917,7 @@ class Use(Program):
         saved = os.dup(0)
         try:
             os.dup2(inbox, 0)
-            self.assertEqual(helper.count_packets("drive.mp4"), (3, 1))
+            self.assertEqual(helper.read_packets("drive.mp4"), (1, 1, 1))
         finally:
             os.dup2(saved, 0)
             os.close(saved)
