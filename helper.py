@@ -996,6 +996,8 @@ def _unpack(archive, folder):
     with written(folder) as part, zipfile.ZipFile(archive) as content:
         for entry in tqdm(entries, desc="unpacking", disable=None):
             content.extract(entry, part)
+        if hasattr(os, "sync"):  # on the disk before the zip goes
+            os.sync()
     if ours:
         archive.unlink()
 
@@ -1219,7 +1221,8 @@ def need_both_classes(pixels, what):
     if missing:
         raise ProgramError(
             f"no {' and no '.join(missing)} in the labels of the {what}: (255, 0, 0) "
-            "is background, (255, 0, 255) road: correct the labels"
+            "is background, (255, 0, 255) road: correct the labels, or hold out others "
+            "with --holdout-fraction"
         )
 
 
@@ -2019,8 +2022,8 @@ def export(predictor, folder):
     """Write a SavedModel: images (B, H, W, 3) uint8 to road (B, H, W)."""
     if folder.exists():
         raise ProgramError(f"{folder}: exists: name a new folder with --export")
-    if re.search(r"[\ud800-\udfff]", str(folder)):
-        raise ProgramError(f"{folder}: not UTF-8: name another folder with --export")
+    if re.search(r"[\[\ud800-\udfff]", str(folder)):  # TensorFlow would not find it
+        raise ProgramError(f"{folder}: a [, or not UTF-8: name another with --export")
     folder.parent.mkdir(parents=True, exist_ok=True)
     size = 5 * predictor.model.count_params() + 10**6
     need_space(folder.parent, size, "the SavedModel")
@@ -2373,7 +2376,8 @@ def train_on(run_dir, record):
 
 def check_name(name):
     """Raise ProgramError for a --name that is none."""
-    if name and (name != Path(name).name or name.startswith(".")):
+    plain = name and name == Path(name).name and name != "index.html"
+    if name and (not plain or name.startswith(".")):
         raise ProgramError(f"--name {name}: not the plain name of a folder")
 
 
@@ -2522,7 +2526,7 @@ class Run:
         for name in NOT_RECORDED:
             del config[name]
         if self.config.resume:  # what was asked for, not what it came to
-            config["precision"] = self.record["config"]["precision"]
+            config["precision"] = self.record["config"].get("precision", "auto")
         packages = tf, keras, np, PIL, imageio_ffmpeg
         return {
             "state": "running",
@@ -2809,10 +2813,11 @@ def find_weights(path):
     return found
 
 
-def read_weights_facts(path, network):
-    """Return the input size (H, W) that the weights at `path` were trained at.
+def read_weights_settings(path, network):
+    """Return the settings of those that the weights at `path` were trained with.
 
-    Raises ProgramError for a file that does not say it, or of another network.
+    That is their input size and their share of held out images, which they do not know.
+    Raises ProgramError for a file that does not say them, or of another network.
     """
     path = find_weights(path)
     advice = f"name the {WEIGHTS} of a run of this version, or train one"
@@ -2824,7 +2829,11 @@ def read_weights_facts(path, network):
         shape = facts["image_height"], facts["image_width"]
         if not all(type(side) is int and side > 0 and side % 32 == 0 for side in shape):
             raise ValueError(f"its input size is {shape}")
-        return shape
+        fraction = facts["config"]["holdout_fraction"]
+        if type(fraction) not in (int, float) or not 0 <= fraction < 1:
+            raise ValueError(f"its hold-out fraction is {fraction}")
+        settings = {"image_height": shape[0], "image_width": shape[1]}
+        return settings | {"holdout_fraction": fraction}
 
 
 def load_weights(model, path):

@@ -186,11 +186,16 @@ def parse(argv):
     if "weights" in given and parsed["vgg"] not in (None, *NO_FILE):
         parser.error("--weights replaces VGG-16 too: leave --vgg out")
     if "weights" in given:
-        height, width = helper.read_weights_facts(parsed["weights"], NETWORK)
-        parser.set_defaults(image_height=height, image_width=width)
+        settings = helper.read_weights_settings(parsed["weights"], NETWORK)
+        parser.set_defaults(**settings)
     if "resume" in given:
         parser.set_defaults(**recorded_settings(parsed["resume"]))
     config = Config(**vars(parser.parse_args(argv)))
+    if "weights" in given and config.holdout_fraction > settings["holdout_fraction"]:
+        print(
+            "of the images that these weights were trained on, some are held out here: "
+            "the scores flatter, unless the data set is another"
+        )
     if config.vgg not in NO_FILE:
         config = dataclasses.replace(config, vgg=str(Path(config.vgg).absolute()))
     return config
@@ -423,6 +428,10 @@ class Adam(keras.optimizers.Adam):
                 grad=gradient,
             )
 
+    def update_step(self, gradient, variable, learning_rate):
+        # where a Keras would go that does not know the method above
+        raise NotImplementedError("this Keras would train all at one rate")
+
 
 def warm_up_and_cosine(learning_rate, epochs, steps):
     """Return the rate's schedule over `epochs` of `steps`.
@@ -508,7 +517,7 @@ def optimize(model, learning_rate, vgg_factor=1.0, seed=0, device=None):
     VGG-16 at `vgg_factor` times that; see TrainStep. Dropout's masks are a function of
     `seed` and the step. Beside model, optimizer and step the state has `epoch`, the
     number of epochs that are over, and `totals` of the open one, over its steps: loss,
-    L2, gradient norm, seconds.
+    L2, gradient norm, seconds, 1.
     """
     device = device or helper.Device()
     variables = model.trainable_variables
@@ -530,7 +539,7 @@ def optimize(model, learning_rate, vgg_factor=1.0, seed=0, device=None):
         optimizer=optimizer,
         step=train_step.step,
         epoch=tf.Variable(0, dtype=tf.int64),
-        totals=tf.Variable(tf.zeros(4, tf.float64)),
+        totals=tf.Variable(tf.zeros(5, tf.float64)),
     )
     return train_step, state
 
@@ -637,17 +646,17 @@ def train_nn(
                 if step == timed:
                     left = epochs * steps - step
                     bar.write(helper.forecast(now - since, steps, left))
-                totals[3] += now - since
+                totals[3:] += now - since, len(values)
                 state.totals.assign(totals)
                 pending, since = [], now
                 bar.update(len(values))
                 bar.set_postfix(loss=f"{values[-1][0]:.4f}")
                 if stopping:
                     return
-        loss, l2, norm = totals[:3] / steps
+        loss, l2, norm = totals[:3] / totals[4]  # not all steps, after an interrupt
         record = {"epoch": epoch, "step": step, "loss": loss, "l2": l2}
         record |= {"gradient_norm": norm, "seconds": totals[3]}
-        record["images_per_second"] = steps * batches.batch_size / totals[3]
+        record["images_per_second"] = totals[4] * batches.batch_size / totals[3]
         state.epoch.assign(epoch)
         state.totals.assign(tf.zeros_like(totals))
         end_epoch(record)
