@@ -1909,18 +1909,18 @@ class Prediction:
             (path, np.frombuffer(frame, np.uint8).reshape(shape))
             for frame in itertools.chain([first], frames)
         )
-        with contextlib.closing(frames):
+        with contextlib.closing(frames), self.writing(path):
             target = self.folder / self.names[path]
             tinted = self.tinted(images, stage_depth(shape[0] * shape[1]))
             bar = tqdm(tinted, path.name, expected, unit="frame", disable=None)
-            done = 0
-            with self.writing(path):
-                done = write_video(target, bar, facts["size"], rate)
-        whole = done and not cut and facts["codec"].startswith("vp8")
-        if done < expected and not whole:  # some of VP8's packets show nothing
-            missing = f"{expected - done} of {expected} frames are missing"
-            self.problems.append(f"{path}: {missing}: it is damaged or cut off")
-        return done
+            done = write_video(target, bar, facts["size"], rate)
+            if not cut and facts["codec"].startswith("vp8"):
+                expected = done  # some of its packets show nothing
+            if done < expected:
+                missing = f"{expected - done} of {expected} frames are missing"
+                self.problems.append(f"{path}: {missing}: it is damaged or cut off")
+            return done
+        return 0
 
     def tinted(self, images, depth):
         """Yield the overlays of (path, image); end where one breaks off."""
