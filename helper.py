@@ -136,13 +136,12 @@ def blaming(path, what, advice):
 def first_line(error):
     """Return the first line of an error's message, not too long.
 
-    Of TensorFlow's that with the reason: first it says which operation failed, and
-    where in the source that was made.
+    TensorFlow names the operation and its source first; the reason comes after them.
     """
     message = str(error).strip() or type(error).__name__
-    message = re.sub(r"^{{function_node .*?}} ", "", message)
+    message = re.sub(r"^{{function_node .*?}} | \[Op:\w+\] name:.*", "", message)
     if message.startswith("Graph execution error"):
-        before_node = message.partition("\n\t [[")[0]
+        before_node = message.partition("\n\t [[")[0].rstrip()
         message = re.split(r"\n\n(?! )|<stack traces unavailable>\n", before_node)[-1]
         message = re.sub(r"^\d+ root error\(s\) found\.\s+\(0\) ", "", message)
     return message.partition("\n")[0][:200]
@@ -639,8 +638,8 @@ def prepare_device(precision="auto", xla=False, deterministic=False):
     if gpus:
         details = tf.config.experimental.get_device_details(gpus[0])
         device.name = details.get("device_name", gpus[0].name)
-    device.xla = xla and not deterministic and device.replicas == 1
-    device.xla &= compute_capability() < (10, 0)
+    able = device.replicas == 1 and compute_capability() < (10, 0)
+    device.xla = xla and able and not deterministic
     shared = f", {device.replicas} replicas" if device.replicas > 1 else ""
     shared += f" on {workers} workers" if workers > 1 else ""
     print(device.name + shared, precision + (", XLA" if device.xla else ""), sep=", ")
@@ -653,22 +652,25 @@ def prepare_device(precision="auto", xla=False, deterministic=False):
 
 
 def check_gpu(number):
-    """Raise ProgramError unless a GPU convolves, which takes all that may not fit.
+    """Raise ProgramError unless a GPU computes a convolution.
 
-    Its driver, CUDA, cuDNN and TensorFlow's kernels; later it would end a run that has
-    begun, with an error that names none of these.
+    That needs a driver, CUDA, cuDNN and kernels that fit; what does not would end a run
+    that has begun.
     """
     try:
         with tf.device(f"GPU:{number}"):
             x = tf.nn.conv2d(tf.ones((1, 8, 8, 4)), tf.ones((3, 3, 4, 4)), 1, "SAME")
-            x.numpy()
+        x.numpy()
+        reason = "" if "GPU" in x.device else "it does not know this kind"
     except tf.errors.OpError as error:
+        reason = first_line(error)
+    if reason:
         raise ProgramError(
-            f"TensorFlow cannot compute with GPU {number} ({first_line(error)}): see "
-            "whether another program has it (nvidia-smi) and whether its driver is up "
-            "to date (TF_CPP_MIN_LOG_LEVEL=0 in front of the command says more), or "
-            "set CUDA_VISIBLE_DEVICES=-1, and the CPU works"
-        ) from error
+            f"TensorFlow cannot compute with GPU {number} ({reason}): see whether "
+            "another program has it (nvidia-smi) and whether its driver is up to date "
+            "(TF_CPP_MIN_LOG_LEVEL=0 in front of the command says more), or set "
+            "CUDA_VISIBLE_DEVICES=-1, and the CPU works"
+        )
 
 
 def compute_capability():
@@ -996,8 +998,8 @@ def _unpack(archive, folder):
     with written(folder) as part, zipfile.ZipFile(archive) as content:
         for entry in tqdm(entries, desc="unpacking", disable=None):
             content.extract(entry, part)
-        if hasattr(os, "sync"):  # on the disk before the zip goes
-            os.sync()
+        files = [path for path in part.rglob("*") if path.is_file()]
+        in_parallel(flush_file, files, "writing")  # on the disk before the zip goes
     if ours:
         archive.unlink()
 
@@ -1221,8 +1223,8 @@ def need_both_classes(pixels, what):
     if missing:
         raise ProgramError(
             f"no {' and no '.join(missing)} in the labels of the {what}: (255, 0, 0) "
-            "is background, (255, 0, 255) road: correct the labels, or hold out others "
-            "with --holdout-fraction"
+            "is background, (255, 0, 255) road: correct the labels, or change "
+            "--holdout-fraction"
         )
 
 
@@ -1554,6 +1556,7 @@ def gen_batch_function(samples, image_shape, seed=0, device=None):
 ROAD = (255, 0, 255)  # no verge, sky or asphalt is magenta
 IN_FLIGHT = 40_000_000  # pixels at once; each takes some 25 bytes: about a gigabyte
 VIDEOS = ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ts"
+STATE_NOTHING = ".mpg", ".mpeg", ".ts"  # their length is what is in them
 READABLE = f"{', '.join(IMAGES)} or a video ({', '.join(VIDEOS)})"
 
 
@@ -1863,10 +1866,10 @@ class Prediction:
         """Note why the overlay of `file` cannot be written; a full disk ends it all."""
         try:
             yield
-        except (OSError, ValueError) as error:
-            if getattr(error, "errno", None) in FULL:
+        except OSError as error:
+            if error.errno in FULL:
                 raise
-            reason = getattr(error, "strerror", None) or first_line(error)
+            reason = error.strerror or first_line(error)
             self.problems.append(f"{file}: cannot be written ({reason})")
 
     def save(self, sample):
@@ -1901,7 +1904,7 @@ class Prediction:
         rate = facts["fps"] or 25
         if seconds > 1 and not 0.8 < packets / seconds / rate < 1.25:
             rate = packets / seconds  # what the file states is a bound
-        lost = facts["duration"] - end  # seconds that it states, and does not have
+        lost = seconds_lost(source, facts["duration"], end)
         cut = lost > 0.5 + 1 / rate
         expected = round((seconds + lost) * rate) if cut else packets
         shape = *facts["size"][::-1], 3
@@ -1915,7 +1918,7 @@ class Prediction:
             bar = tqdm(tinted, path.name, expected, unit="frame", disable=None)
             done = write_video(target, bar, facts["size"], rate)
             if not cut and facts["codec"].startswith("vp8"):
-                expected = done  # some of its packets show nothing
+                expected = done  # some packets show nothing: none can be missed
             if done < expected:
                 missing = f"{expected - done} of {expected} frames are missing"
                 self.problems.append(f"{path}: {missing}: it is damaged or cut off")
@@ -1936,15 +1939,16 @@ class Prediction:
         return overlay(image, self.predictor.grown(road, image))
 
 
-def read_packets(path):
-    """Return how many frames a video shows, decodable or not, and their seconds.
+def read_packets(path, *streams):
+    """Return a video's frames, decodable or not, their seconds, and when all ends.
 
-    And when the last stream ends, in seconds. What was cut off without encoding anew is
-    still in the file, marked as discarded.
+    The end, in seconds, is that of the last of `streams`, as ffmpeg names them, which
+    begin with the video. What was cut off without encoding anew is still in the file,
+    marked as discarded. Raises ValueError for a file without frames.
     """
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-copyts", "-i", path]
-    for streams in "0:V:0", "0:V?", "0:a?", "0:s?":
-        command += ["-map", streams]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostats", "-i", path]
+    for stream in streams or ["0:V:0"]:
+        command += ["-map", stream]
     done = subprocess.run(
         [*command, "-c", "copy", "-f", "framecrc", "-"],
         capture_output=True,
@@ -1957,7 +1961,8 @@ def read_packets(path):
     units = {stream: int(above) / int(below) for stream, above, below in units}
     starts, ends, last = [], [], 0.0
     row = r"^(\d+), *(-?\d+), *(-?\d+), *(\d+),.*?(?:F=0x([0-9A-F]+)|$)"
-    for stream, dts, pts, length, flags in re.findall(row, done.stdout, re.MULTILINE):
+    for found in re.finditer(row, done.stdout, re.MULTILINE):
+        stream, dts, pts, length, flags = found.groups()
         if int(flags or "0", 16) & 4:  # AV_PKT_FLAG_DISCARD
             continue
         start = int(pts) if int(pts) > -(2**62) else int(dts)  # it may have none
@@ -1966,8 +1971,25 @@ def read_packets(path):
             starts.append(start)
             ends.append(start + int(length))
     if not starts:
-        raise ValueError(done.stderr.strip().splitlines()[-1])
+        said = done.stderr.strip().splitlines()[-1] if done.returncode else "no frames"
+        raise ValueError(said)
+    # Matroska states when it ends, all others how long they are
+    start = re.search(r"Duration: .*, start: (-?[\d.]+)", done.stderr)
+    if start and "Input #0, matroska" in done.stderr:
+        last += float(start[1])
     return len(starts), (max(ends) - min(starts)) * units["0"], last
+
+
+def seconds_lost(path, stated, end):
+    """Return how many of the seconds that a video file states are not in it.
+
+    `end` is when its picture ends, in seconds.
+    """
+    if Path(path).suffix.lower() in STATE_NOTHING or stated - end < 0.5:
+        return 0
+    with contextlib.suppress(ValueError):  # of a stream that ffmpeg cannot copy
+        *_, end = read_packets(path, "0:V:0", "0:V?", "0:a?", "0:s?")  # may be longer
+    return stated - end
 
 
 def write_video(path, frames, size, rate):
@@ -2022,8 +2044,11 @@ def export(predictor, folder):
     """Write a SavedModel: images (B, H, W, 3) uint8 to road (B, H, W)."""
     if folder.exists():
         raise ProgramError(f"{folder}: exists: name a new folder with --export")
-    if re.search(r"[\[\ud800-\udfff]", str(folder)):  # TensorFlow would not find it
-        raise ProgramError(f"{folder}: a [, or not UTF-8: name another with --export")
+    if re.search(r"[\[\ud800-\udfff]", str(folder)):
+        raise ProgramError(
+            f"{folder}: has a [ or is not UTF-8, so that TensorFlow could not load it: "
+            "name another folder with --export"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     size = 5 * predictor.model.count_params() + 10**6
     need_space(folder.parent, size, "the SavedModel")
@@ -2814,10 +2839,10 @@ def find_weights(path):
 
 
 def read_weights_settings(path, network):
-    """Return the settings of those that the weights at `path` were trained with.
+    """Return what the weights at `path` were trained with, as settings.
 
-    That is their input size and their share of held out images, which they do not know.
-    Raises ProgramError for a file that does not say them, or of another network.
+    That is the input size and the hold-out fraction. Raises ProgramError for a file
+    that does not say them, or of another network.
     """
     path = find_weights(path)
     advice = f"name the {WEIGHTS} of a run of this version, or train one"

@@ -193,8 +193,8 @@ def parse(argv):
     config = Config(**vars(parser.parse_args(argv)))
     if "weights" in given and config.holdout_fraction > settings["holdout_fraction"]:
         print(
-            "of the images that these weights were trained on, some are held out here: "
-            "the scores flatter, unless the data set is another"
+            "of the images that these weights were trained on, some may be held out "
+            "here: then the scores flatter"
         )
     if config.vgg not in NO_FILE:
         config = dataclasses.replace(config, vgg=str(Path(config.vgg).absolute()))
@@ -429,7 +429,7 @@ class Adam(keras.optimizers.Adam):
             )
 
     def update_step(self, gradient, variable, learning_rate):
-        # where a Keras would go that does not know the method above
+        # a Keras that does not know the method above would call this
         raise NotImplementedError("this Keras would train all at one rate")
 
 
@@ -517,7 +517,7 @@ def optimize(model, learning_rate, vgg_factor=1.0, seed=0, device=None):
     VGG-16 at `vgg_factor` times that; see TrainStep. Dropout's masks are a function of
     `seed` and the step. Beside model, optimizer and step the state has `epoch`, the
     number of epochs that are over, and `totals` of the open one, over its steps: loss,
-    L2, gradient norm, seconds, 1.
+    L2, gradient norm, seconds; and how many steps these are of.
     """
     device = device or helper.Device()
     variables = model.trainable_variables
@@ -646,7 +646,8 @@ def train_nn(
                 if step == timed:
                     left = epochs * steps - step
                     bar.write(helper.forecast(now - since, steps, left))
-                totals[3:] += now - since, len(values)
+                totals[3] += now - since
+                totals[4] += len(values)
                 state.totals.assign(totals)
                 pending, since = [], now
                 bar.update(len(values))
