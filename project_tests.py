@@ -3919,8 +3919,12 @@ class Use(Program):
         self.ffmpeg("still.mp4", "video:10:2")
         vp8 = "video:25:3 -c:v libvpx -auto-alt-ref 1 -lag-in-frames 16 -b:v 200k"
         self.ffmpeg("first.webm", f"{vp8} -pass 1")
-        part = self.ffmpeg("part.ts", "video:10:2").read_bytes()
-        (self.folder / "joined.ts").write_bytes(2 * part)  # its clock jumps
+        offsets = {"first.ts": 0, "second.ts": 1000}  # at which the joined clock jumps
+        parts = [
+            self.ffmpeg(name, f"video:10:2 -output_ts_offset {offset}").read_bytes()
+            for name, offset in offsets.items()
+        ]
+        (self.folder / "joined.ts").write_bytes(b"".join(parts))
         trim = "-ss 5 -i film.mp4 -t 6 -c copy"  # from the key frame before on
         for name, rate, arguments in (
             ("few.mp4", 5, "video:5:2"),  # whose B-frames are a large part of it
