@@ -2407,7 +2407,7 @@ def check_name(name):
 
 
 def check_place(config):
-    """Raise ProgramError where no run can be, before anything is downloaded for it."""
+    """Raise where no run can be, before anything is downloaded for it."""
     check_name(config.name)
     path = config.resume or config.runs_dir / (config.name or "")
     if re.search(r"[*?[\ud800-\udfff]", str(path)):
@@ -2415,6 +2415,10 @@ def check_place(config):
             f"{path}: TensorFlow finds no checkpoint where * ? or [ is in the path, or "
             "what is not UTF-8: name another --runs-dir or --name"
         )
+    if not config.resume:
+        config.runs_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.runs_dir):
+            pass  # whoever may write this may write a run
 
 
 def new_folder(runs_dir, name=None, suffix=""):

@@ -2419,6 +2419,9 @@ class Run(Program):
             self.assert_refused(
                 1, "--name", name, said="not the plain name of a folder"
             )
+        (self.folder / "file").touch()
+        runs = self.folder / "file" / "runs"
+        self.assert_refused(1, "--runs-dir", runs, said=f"^{runs}: Not a directory")
         vgg = "--weights", self.folder, "--vgg", self.folder / "vgg"
         self.assert_refused(2, *vgg, said="--weights replaces VGG-16 too")
 
