@@ -2008,10 +2008,8 @@ def write_video(path, frames, size, rate):
             ffmpeg_log_level="quiet",
             # the default preset takes 2.3 times as long, for as many bytes; and what
             # does not say its colours is taken for bt709
-            output_params=[
-                *("-vf", "scale=out_color_matrix=bt709:out_range=tv"),
-                *("-preset", "veryfast", "-crf", "21", "-f", "mp4"),
-            ],
+            output_params=["-preset", "veryfast", "-crf", "21", "-f", "mp4"]
+            + ["-vf", "scale=out_color_matrix=bt709:out_range=tv"],
         )
         try:
             with contextlib.closing(video):
@@ -2401,8 +2399,7 @@ def train_on(run_dir, record):
 
 def check_name(name):
     """Raise ProgramError for a --name that is none."""
-    plain = name and name == Path(name).name and name != "index.html"
-    if name and (not plain or name.startswith(".")):
+    if name and (name != Path(name).name or name[0] == "." or name == "index.html"):
         raise ProgramError(f"--name {name}: not the plain name of a folder")
 
 
