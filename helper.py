@@ -197,6 +197,7 @@ def explain(error):
     elif isinstance(error, KeyboardInterrupt):
         signum = signal.Signals(*error.args or [signal.SIGINT])
         message, code = f"stopped by {signum.name}", 128 + signum
+        look_again(signum, delay=0)
     elif isinstance(error, WORKER_ENDED):
         message = "another worker has ended: start all of them again, with --resume"
     else:
@@ -246,7 +247,7 @@ def be_a_program(main):
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
         setattr(sys, name, Stream(stream))
     heed_signals(interrupt)
-    sys.unraisablehook = send_again
+    sys.unraisablehook = note_ignored
     warnings.filterwarnings("ignore")  # of Keras and Pillow: the program speaks itself
     if not ASKED_TO_SPEAK:  # TensorFlow takes threads that wait for a trace for traces
         tf.get_logger().setLevel(logging.ERROR)
@@ -265,20 +266,37 @@ def interrupt(signum, frame, since=-math.inf):
     if time.monotonic() - since < SAME_SIGNAL:
         return
     heed_signals(functools.partial(interrupt, since=time.monotonic()))
+    look_again(signum, delay=SAME_SIGNAL + 1)
     raise Stopped(signum)
 
 
-def send_again(ignored):
-    """Send a signal again whose Stopped Python ignored: it came in a destructor."""
+def look_again(signum, delay):
+    """Have a Stopped raised again in `delay` seconds, should it be lost; 0: no more.
+
+    Extensions in C drop an exception where they only ask for an attribute, and Python
+    those in destructors.
+    """
+    if hasattr(signal, "setitimer"):
+        if delay:
+            signal.signal(signal.SIGALRM, functools.partial(raise_again, signum))
+        signal.setitimer(signal.ITIMER_REAL, delay)
+
+
+def raise_again(signum, *_):
+    """Raise Stopped, unless the program is ending by one already."""
+    error = sys.exc_info()[1]
+    while error:
+        if isinstance(error, Stopped):
+            return
+        error = error.__context__
+    look_again(signum, delay=SAME_SIGNAL + 1)
+    raise Stopped(signum)
+
+
+def note_ignored(ignored):
+    """Say what Python ignored in a destructor, but for a Stopped."""
     if not isinstance(ignored.exc_value, Stopped):
         sys.__unraisablehook__(ignored)
-        return
-    signum = ignored.exc_value.args[0]
-    delay = SAME_SIGNAL + 1  # not as the same signal, and not in here
-    later = threading.Timer(delay, os.kill, [os.getpid(), signum])
-    later.daemon = True
-    with contextlib.suppress(RuntimeError):  # the program is at its end
-        later.start()
 
 
 class Stop(threading.Event):

@@ -3008,6 +3008,24 @@ class Resume(Program):
         self.assertIn("some may be held out here: then the scores flatter", output)
         self.assertEqual(self.record()["config"]["holdout_fraction"], 0.2)
 
+    def test_a_signal_that_something_swallows_is_not_lost(self):
+        self.patch(helper, "SAME_SIGNAL", 0)
+        alarm = signal.getsignal(signal.SIGALRM)
+        self.addCleanup(signal.signal, signal.SIGALRM, alarm)
+        with helper.handling_signals(helper.interrupt):
+            with contextlib.suppress(helper.Stopped):
+                os.kill(os.getpid(), signal.SIGTERM)
+            with self.assertRaises(helper.Stopped):
+                time.sleep(10)
+            with self.assertRaises(helper.Stopped):
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                finally:
+                    time.sleep(2)  # it is not raised in the program's ending
+                    ended = True
+            helper.look_again(signal.SIGTERM, delay=0)
+        self.assertTrue(ended)
+
     def test_what_takes_seconds_is_said_before_it_begins(self):
         run_dir = self.reuse()
         image = next((self.folder / "data").rglob("*.png"))
