@@ -2466,6 +2466,7 @@ class Run(Program):
 
     def test_a_signal_a_moment_after_another_does_not_end_its_ending(self):
         self.patch(helper, "SAME_SIGNAL", 0.5)
+        self.addCleanup(helper.look_again, signal.SIGINT, delay=0)
         with helper.handling_signals(helper.interrupt):
             with self.assertRaises(helper.Stopped):
                 signal.raise_signal(signal.SIGTERM)
@@ -3012,6 +3013,7 @@ class Resume(Program):
         self.patch(helper, "SAME_SIGNAL", 0)
         alarm = signal.getsignal(signal.SIGALRM)
         self.addCleanup(signal.signal, signal.SIGALRM, alarm)
+        self.addCleanup(helper.look_again, signal.SIGTERM, delay=0)
         with helper.handling_signals(helper.interrupt):
             with contextlib.suppress(helper.Stopped):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -3023,7 +3025,6 @@ class Resume(Program):
                 finally:
                     time.sleep(2)  # it is not raised in the program's ending
                     ended = True
-            helper.look_again(signal.SIGTERM, delay=0)
         self.assertTrue(ended)
 
     def test_what_takes_seconds_is_said_before_it_begins(self):
