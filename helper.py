@@ -1957,15 +1957,15 @@ class Prediction:
         return overlay(image, self.predictor.grown(road, image))
 
 
-def read_packets(path, *streams):
+def read_packets(path, *others):
     """Return a video's frames, decodable or not, their seconds, and when all ends.
 
-    The end, in seconds, is that of the last of `streams`, as ffmpeg names them, which
-    begin with the video. What was cut off without encoding anew is still in the file,
-    marked as discarded. Raises ValueError for a file without frames.
+    The end, in seconds, is the last of the video's and of `others`, streams as ffmpeg
+    names them. What was cut off without encoding anew is still in the file, marked as
+    discarded. Raises ValueError for a file without frames.
     """
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostats", "-i", path]
-    for stream in streams or ["0:V:0"]:
+    for stream in "0:V:0", *others:
         command += ["-map", stream]
     done = subprocess.run(
         [*command, "-c", "copy", "-f", "framecrc", "-"],
@@ -2006,7 +2006,7 @@ def seconds_lost(path, stated, end):
     if Path(path).suffix.lower() in STATE_NOTHING or stated - end < 0.5:
         return 0
     with contextlib.suppress(ValueError):  # of a stream that ffmpeg cannot copy
-        *_, end = read_packets(path, "0:V:0", "0:V?", "0:a?", "0:s?")  # may be longer
+        *_, end = read_packets(path, "0:V?", "0:a?", "0:s?")  # which may be longer
     return stated - end
 
 

@@ -1725,7 +1725,10 @@ class Gpu(Case):
             of_pixels = [
                 (op, argument.name)
                 for op in graph.get_operations()
-                for x, argument in zip(op.inputs, op.op_def.input_arg)
+                for x, argument in (
+                    *zip(op.inputs, op.op_def.input_arg),
+                    *zip(op.outputs, op.op_def.output_arg),
+                )
                 if (x.shape.num_elements() or 0) >= 2 * 32 * 96
             ]
             self.assertGreater(len(of_pixels), 5)
@@ -1786,16 +1789,17 @@ class TrainNn(Case):
 
         `self.trained` is the number of steps so far.
         """
-        records, self.trained = [], 0
+        self.trained = 0
         self.state = tf.train.Checkpoint(
             step=tf.Variable(0),
             epoch=tf.Variable(0),
             totals=tf.Variable(np.zeros(5)),
         )
-        return self.train_on(values, epochs, steps, records)
+        return self.train_on(values, epochs, steps)
 
-    def train_on(self, values, epochs, steps, records):
-        """Train from the state on; return the records, with those that came before."""
+    def train_on(self, values, epochs, steps):
+        """Train from the state on; return the records of the epochs that end."""
+        records = []
         batches = mock.MagicMock(
             __len__=lambda batches: steps,
             from_step=lambda step: zip(itertools.count(step)),
@@ -1828,7 +1832,7 @@ class TrainNn(Case):
         with self.assertRaises(KeyError):  # in the sixth step, as by hand in a notebook
             self.train({step: values[step] for step in range(5)}, epochs=1)
         self.state.step.assign(5)
-        (record,) = self.train_on(values, epochs=1, steps=10, records=[])
+        (record,) = self.train_on(values, epochs=1, steps=10)
         ours = [record[name] for name in ("loss", "l2", "gradient_norm")]
         self.assertEqual(ours, [1, 1, 1])
 
@@ -3142,42 +3146,6 @@ class Resume(Program):
         self.assertEqual(self.record()["resumed"], [3])
 
 
-class Killed(BaseException):
-    """The process is killed, as far as the disk can tell."""
-
-
-class FileOperations:
-    """The file operations below a folder; from one on, none is done any more.
-
-    Python reports each of them, before it is done, to an audit hook, which stays for
-    good; what is opened to be written is then there, and empty. What clears up after
-    an exception fails too, as after a kill.
-    """
-
-    events = "open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"
-
-    def __init__(self, folder):
-        self.folder, self.left, self.killed_at = str(folder), None, None
-        sys.addaudithook(self.hook)
-
-    def hook(self, event, arguments):
-        if self.left is None or event not in self.events:
-            return
-        if event == "open" and not set(str(arguments[1])) & set("wax+"):
-            return
-        if isinstance(arguments[0], str) and self.folder not in arguments[0]:
-            return  # names in a folder that is being removed are not whole paths
-        self.left -= 1
-        if self.left >= 0:
-            return
-        if event == "open" and not self.killed_at and "w" in str(arguments[1]):
-            self.left = None
-            open(arguments[0], "wb").close()  # opened, and killed before it writes
-            self.left = -1
-        self.killed_at = self.killed_at or (event, *arguments)
-        raise Killed
-
-
 class Failures(Case):
     def said(self, function, *arguments):
         with self.assertRaises(tf.errors.OpError) as caught:
@@ -3213,13 +3181,11 @@ class Failures(Case):
             helper.check_gpu(1)
         said = r"with GPU 1 \(No DNN in stream executor\.\): see .*nvidia-smi.*, or set"
         self.assertRegex(str(caught.exception), said)
-        seen, check = (
-            tf.config.list_physical_devices,
-            mock.Mock(side_effect=[None, error]),
-        )
-        gpus = lambda kind=None: ["0", "1"] if kind == "GPU" else seen(kind)
+        check = mock.Mock(side_effect=[None, error])
         with (
-            mock.patch.object(tf.config, "list_physical_devices", gpus),
+            mock.patch.object(
+                tf.config, "list_physical_devices", return_value=["0", "1"]
+            ),
             mock.patch.object(tf.config.experimental, "set_memory_growth"),
             mock.patch.object(helper, "choose_strategy", return_value=(ONE, 1)),
             mock.patch.object(helper, "check_gpu", check),
@@ -3244,6 +3210,42 @@ class Failures(Case):
                 helper.choose_strategy()
             (options,) = made.call_args.kwargs.values()
             self.assertEqual(options.implementation, expected)
+
+
+class Killed(BaseException):
+    """The process is killed, as far as the disk can tell."""
+
+
+class FileOperations:
+    """The file operations below a folder; from one on, none is done any more.
+
+    Python reports each of them, before it is done, to an audit hook, which stays for
+    good; what is opened to be written is then there, and empty. What clears up after
+    an exception fails too, as after a kill.
+    """
+
+    events = "open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"
+
+    def __init__(self, folder):
+        self.folder, self.left, self.killed_at = str(folder), None, None
+        sys.addaudithook(self.hook)
+
+    def hook(self, event, arguments):
+        if self.left is None or event not in self.events:
+            return
+        if event == "open" and not set(str(arguments[1])) & set("wax+"):
+            return
+        if isinstance(arguments[0], str) and self.folder not in arguments[0]:
+            return  # names in a folder that is being removed are not whole paths
+        self.left -= 1
+        if self.left >= 0:
+            return
+        if event == "open" and not self.killed_at and "w" in str(arguments[1]):
+            self.left = None
+            open(arguments[0], "wb").close()  # opened, and killed before it writes
+            self.left = -1
+        self.killed_at = self.killed_at or (event, *arguments)
+        raise Killed
 
 
 class Damaged(Program):
@@ -3976,8 +3978,8 @@ class Use(Program):
     def test_a_sound_that_cannot_be_copied_hinders_no_video(self):
         read = helper.read_packets
 
-        def without_sound(path, *streams):
-            if streams:
+        def without_sound(path, *others):
+            if others:
                 raise ValueError("sample rate not set")
             return read(path)
 
