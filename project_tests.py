@@ -1541,7 +1541,11 @@ class Optimize(Case):
             (fixed + 1.4 * each, 0),
             (0, 0),
         ):
-            self.patch(helper, "free_memory", lambda memory=memory: memory)
+            idle = {"peak": memory // 2 + 5, "current": 5}  # what TensorFlow has of it
+            get_info = mock.Mock(return_value=idle)
+            self.patch(tf.config.experimental, "get_memory_info", get_info)
+            free = memory - memory // 2
+            self.patch(helper, "free_memory", mock.Mock(return_value=free))
             self.assertEqual(helper.largest_batch(self.model, (32, 96), 1), fits)
             self.assertEqual(helper.largest_batch(self.model, (32, 96), 4), 4 * fits)
 
@@ -3629,6 +3633,17 @@ class Devices(Program):
         with mock.patch.object(tf.config.experimental, "enable_op_determinism"):
             said = self.main(*settings, 0, "--deterministic")[1]
         self.assertIn("XLA is off", said)
+
+    def test_memory_is_kept_for_the_next_step_and_ends_with_the_machines(self):
+        x = tf.zeros(10**6)
+        memory = tf.config.experimental.get_memory_info("CPU:0")
+        self.assertGreaterEqual(memory["current"], x.numpy().nbytes)
+        for free, limit in (3 * 2**30 + 1, "3072"), (np.inf, str(2**30)):
+            self.patch(helper, "free_memory", mock.Mock(return_value=free))
+            with mock.patch.dict(os.environ):
+                os.environ.pop("TF_CPU_BFC_MEM_LIMIT_IN_MB", None)
+                helper.prepare_device()
+                self.assertEqual(os.environ["TF_CPU_BFC_MEM_LIMIT_IN_MB"], limit)
 
     def test_without_memory_the_batch_that_should_fit_is_named(self):
         full = tf.errors.ResourceExhaustedError(None, None, "OOM")
