@@ -1452,6 +1452,10 @@ class Decoded:
         self.pixels[row] = [np.count_nonzero(label == each) for each in (0, 1)]
 
 
+AHEAD = 8  # batches that are made at the same time, and wait for their step
+LINGERING = []  # what TensorFlow might take minutes to end, for the program's own end
+
+
 class Batches:
     """Decoded samples in batches of images, labels and weights.
 
@@ -1480,9 +1484,14 @@ class Batches:
 
         Workers would have to agree on an end at every step.
         """
-        return self.device.strategy.distribute_datasets_from_function(
-            functools.partial(self.training_on_worker, step)
+        steps = iter(
+            self.device.strategy.distribute_datasets_from_function(
+                functools.partial(self.training_on_worker, step)
+            )
         )
+        if self.device.replicas > 1:
+            LINGERING.append(steps)
+        return steps
 
     def in_order(self):
         """Return every sample once, as it is, in order."""
@@ -1495,14 +1504,14 @@ class Batches:
         local = context.num_replicas_in_sync // context.num_input_pipelines
         indices = tf.data.Dataset.counter(step * local)
         part = functools.partial(self.training_part, context)
-        return self.prefetched(indices.map(part, tf.data.AUTOTUNE))
+        return self.prefetched(indices.map(part, num_parallel_calls=AHEAD))
 
     def ordered_on_worker(self, context):
         """Return what a worker's replicas get of all samples, one by one."""
         local = context.num_replicas_in_sync // context.num_input_pipelines
         indices = tf.data.Dataset.range(-(-self.count // self.batch_size) * local)
         part = functools.partial(self.ordered_part, context)
-        return self.prefetched(indices.map(part, tf.data.AUTOTUNE))
+        return self.prefetched(indices.map(part, num_parallel_calls=AHEAD))
 
     @tf.autograph.experimental.do_not_convert
     def training_part(self, context, index):
@@ -1550,12 +1559,18 @@ class Batches:
 
     def prefetched(self, dataset):
         """Return `dataset` made ahead, on the device itself where it is one."""
-        dataset = dataset.prefetch(tf.data.AUTOTUNE)
+        options = tf.data.Options()
+        # The thread that tunes it ends up to a minute after the last use, and the
+        # checkpoint of a run that is stopped would wait for that. Several replicas have
+        # more of these threads, which know no options.
+        options.autotune.enabled = False
+        dataset = dataset.with_options(options)
         if self.device.replicas > 1:
             return dataset  # they fetch to their devices themselves
         gpus, cpus = map(tf.config.list_logical_devices, ("GPU", "CPU"))
         device = [*gpus, *cpus][0].name
-        return dataset.apply(tf.data.experimental.prefetch_to_device(device))
+        fetch = tf.data.experimental.prefetch_to_device(device, buffer_size=2)
+        return dataset.apply(fetch).with_options(options)
 
 
 def step_and_replica(context, index):

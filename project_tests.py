@@ -1132,6 +1132,33 @@ class Data(Case):
                     np.testing.assert_array_equal(ours[:5], theirs)
                 self.assertTrue((labels[5] == VOID).all() and weights[5] == 0)
 
+    def test_no_thread_is_left_that_training_would_wait_for_at_its_end(self):
+        tasks = Path("/proc/self/task")
+        if not tasks.exists():
+            self.skipTest("only Linux tells the threads of a process")
+        get_batches_fn = helper.gen_batch_function(self.samples(4), (32, 64))
+
+        def threads():
+            """Return how many threads four data sets have."""
+            before = len([*tasks.iterdir()])
+            batches = [get_batches_fn(2).from_step(0) for _ in range(4)]
+            for each in batches:
+                next(each)
+            return len([*tasks.iterdir()]) - before
+
+        threads()  # brings some that stay
+        ours = threads()
+        untold = mock.patch.object(
+            tf.data.Dataset, "with_options", lambda self, _: self
+        )
+        with untold:  # on the host, and on the device
+            self.assertEqual(threads(), ours + 4 * 2)
+        two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+        device = helper.Device(strategy=two)
+        get_batches_fn = helper.gen_batch_function(self.samples(4), (32, 64), 0, device)
+        batches = weakref.ref(get_batches_fn(2).from_step(0))
+        self.assertIsNotNone(batches())  # until the program's end
+
     def test_a_set_too_large_for_memory_is_refused_before_decoding(self):
         samples = self.samples(7)
         self.patch(helper, "read_image", None)
@@ -1244,6 +1271,15 @@ def small_model():
     return model, keras.Model(image_input, pools).trainable_variables
 
 
+def undrawn():
+    """Return a patch with which Keras's own kernels begin as zeros, in no time."""
+    return mock.patch.object(
+        keras.initializers.GlorotUniform,
+        "__call__",
+        lambda self, shape, dtype=None: tf.zeros(shape, dtype),
+    )
+
+
 def gradients_of(layer, x):
     """Return those of the sum of the layer's squared outputs, to x and its weights."""
     with tf.GradientTape() as tape:
@@ -1280,7 +1316,7 @@ class LoadVgg(Case):
             cls.built.add(model)
             return model
 
-        with mock.patch.object(keras.applications, "VGG16", watched):
+        with undrawn(), mock.patch.object(keras.applications, "VGG16", watched):
             image_input, *pools = main.load_vgg(cls.weights, 0.8)
         cls.model = keras.Model(image_input, pools)
 
@@ -1349,14 +1385,15 @@ class LoadVgg(Case):
     def test_a_file_that_does_not_fit_is_named(self):
         whole = self.weights.open("rb").read(1 << 20)
         path = self.folder / "vgg.h5"
-        notop = keras.applications.VGG16(weights=None, include_top=False)
+        with undrawn():
+            notop = keras.applications.VGG16(weights=None, include_top=False)
         contents = {
             "HTML": lambda: path.write_bytes(b"<html>log in</html>"),
             "truncated": lambda: path.write_bytes(whole),
             "no fc layers": lambda: write_vgg_weights(path, notop),
         }
         for name, write in contents.items():
-            with self.subTest(name):
+            with self.subTest(name), undrawn():
                 write()
                 with self.assertRaises(ProgramError) as caught:
                     main.load_vgg(path, 0.5)
@@ -1689,6 +1726,7 @@ class Gpu(Case):
         self.addCleanup(keras.config.set_dtype_policy, "float32")
         zeros = mock.Mock(return_value=keras.initializers.Zeros())
         self.patch(keras.initializers, "VarianceScaling", zeros)  # which take no time
+        self.enterContext(undrawn())
         seen = tf.config.list_physical_devices
         self.patch(
             tf.config,
