@@ -743,11 +743,10 @@ def free_memory():
     group = Path("/sys/fs/cgroup")  # of a container; "max" is no limit
     with contextlib.suppress(OSError, ValueError):
         used = int((group / "memory.current").read_text())
-        cached = re.search(
-            r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE
-        )
-        free = int((group / "memory.max").read_text()) - used + int(cached[1])
-        limits.append(free)
+        kinds = (group / "memory.stat").read_text()
+        cached = re.findall(r"^(?:in)?active_file (\d+)$", kinds, re.MULTILINE)
+        limit = int((group / "memory.max").read_text())
+        limits.append(limit - used + sum(map(int, cached)))
     return min(limits)
 
 

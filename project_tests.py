@@ -3672,6 +3672,21 @@ class Devices(Program):
             said = self.main(*settings, 0, "--deterministic")[1]
         self.assertIn("XLA is off", said)
 
+    def test_free_memory_is_that_of_the_machine_or_of_its_container(self):
+        group = self.folder / "sys/fs/cgroup"
+        group.mkdir(parents=True)
+        (self.folder / "proc").mkdir()
+        self.patch(helper, "Path", lambda path: self.folder / path.lstrip("/"))
+        self.assertEqual(helper.free_memory(), np.inf)
+        meminfo = "MemTotal:        9000 kB\nMemAvailable:    4000 kB\n"
+        (self.folder / "proc/meminfo").write_text(meminfo)
+        kinds = "anon 2500000\nfile 500000\ninactive_file 400000\nactive_file 100000\n"
+        (group / "memory.stat").write_text(kinds)
+        (group / "memory.current").write_text("3000000\n")
+        for limit, free in ("max", 4_096_000), ("5000000", 2_500_000):
+            (group / "memory.max").write_text(f"{limit}\n")
+            self.assertEqual(helper.free_memory(), free)
+
     def test_memory_is_kept_for_the_next_step_and_ends_with_the_machines(self):
         x = tf.zeros(10**6)
         memory = tf.config.experimental.get_memory_info("CPU:0")
