@@ -93,7 +93,8 @@ def quietly():
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, by the import
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever keras.json says
-# What a step needs is kept for the next: on a CPU it takes a sixth less time so.
+# Else memory goes back to the system after each operation, and comes back zeroed: a
+# step on a CPU takes a fifth longer.
 os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "1"
 try:
     with quietly():
@@ -633,9 +634,6 @@ def prepare_device(precision="auto", xla=False, deterministic=False):
     To be called before any use of a device. `precision` "auto" is bfloat16 on GPUs that
     compute with it, float32 elsewhere. Speaks of a GPU that TensorFlow cannot use.
     """
-    # Beyond it the system would end the program without a word.
-    limit = min(free_memory() / 2**20, 2**30)  # MiB
-    os.environ.setdefault("TF_CPU_BFC_MEM_LIMIT_IN_MB", f"{limit:.0f}")
     with quietly():
         gpus = tf.config.list_physical_devices("GPU")
         for gpu in gpus:
@@ -735,7 +733,7 @@ def host():
 
 
 def free_memory():
-    """Return the bytes of memory that can still be had, infinity if none can tell."""
+    """Return the bytes that the system can still give, infinity if none can tell."""
     limits = [np.inf]
     with contextlib.suppress(OSError):
         text = Path("/proc/meminfo").read_text()
@@ -748,6 +746,21 @@ def free_memory():
         limit = int((group / "memory.max").read_text())
         limits.append(limit - used + sum(map(int, cached)))
     return min(limits)
+
+
+# A step that needs more ends with a line; the system would end it without a word.
+MEMORY = min(free_memory(), 2.0**50)  # bytes
+os.environ["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = f"{MEMORY / 2**20:.0f}"  # read later
+
+
+def free_for_tensors():
+    """Return the bytes that tensors of this machine's CPU can still have."""
+    free = free_memory()
+    with contextlib.suppress(ValueError):  # where tensors came before this module
+        memory = tf.config.experimental.get_memory_info("CPU:0")
+        idle = memory["peak"] - memory["current"]
+        free = min(free + idle, MEMORY - memory["current"])
+    return free
 
 
 def peak_memory():
@@ -766,11 +779,10 @@ def largest_batch(model, image_shape, replicas):
     Beside weights and moments a step holds the gradient twice, for the clipping, and
     for each image 1.5 times what the layers put out, as measured on a CPU.
     """
-    gpu = tf.config.list_logical_devices("GPU")
-    memory = tf.config.experimental.get_memory_info("GPU:0" if gpu else "CPU:0")
-    room = memory["peak"] - memory["current"]  # what was had before it ran out
-    if not gpu:
-        room += free_memory()
+    room = free_for_tensors()
+    if tf.config.list_logical_devices("GPU"):  # what was had before it ran out
+        memory = tf.config.experimental.get_memory_info("GPU:0")
+        room = memory["peak"] - memory["current"]
     image = keras.KerasTensor((1, *image_shape, 3), "uint8")
     outputs = keras.Model(model.input, [layer.output for layer in model.layers])
     sizes = [np.prod(x.shape) * tf.as_dtype(x.dtype).size for x in outputs(image)]
@@ -1422,7 +1434,7 @@ class Decoded:
     def __init__(self, samples, image_shape):
         """Decode `samples`; raise ProgramError for a set that does not fit."""
         count = len(samples)
-        size, free = 4 * count * np.prod(image_shape, dtype=float), free_memory()
+        size, free = 4 * count * np.prod(image_shape, dtype=float), free_for_tensors()
         if size > free:
             raise ProgramError(
                 f"{count_of(count, 'image')} of {image_shape[1]}x{image_shape[0]} take "
@@ -1451,8 +1463,8 @@ class Decoded:
         self.pixels[row] = [np.count_nonzero(label == each) for each in (0, 1)]
 
 
-AHEAD = 8  # batches that are made at the same time, and wait for their step
-LINGERING = []  # what TensorFlow might take minutes to end, for the program's own end
+AHEAD = 8  # batches that are made before their step
+LINGERING = []  # several replicas' iterator: its end may take minutes, and can wait
 
 
 class Batches:
@@ -1489,7 +1501,7 @@ class Batches:
             )
         )
         if self.device.replicas > 1:
-            LINGERING.append(steps)
+            LINGERING[:] = [steps]
         return steps
 
     def in_order(self):
@@ -1559,9 +1571,9 @@ class Batches:
     def prefetched(self, dataset):
         """Return `dataset` made ahead, on the device itself where it is one."""
         options = tf.data.Options()
-        # The thread that tunes it ends up to a minute after the last use, and the
-        # checkpoint of a run that is stopped would wait for that. Several replicas have
-        # more of these threads, which know no options.
+        # A thread that tunes ends up to a minute after the last use, and the checkpoint
+        # of a run that is stopped would wait for it. To those of several replicas
+        # TensorFlow gives no options: see LINGERING.
         options.autotune.enabled = False
         dataset = dataset.with_options(options)
         if self.device.replicas > 1:

@@ -1162,7 +1162,7 @@ class Data(Case):
     def test_a_set_too_large_for_memory_is_refused_before_decoding(self):
         samples = self.samples(7)
         self.patch(helper, "read_image", None)
-        self.patch(helper, "free_memory", lambda: 4 * 7 * 32 * 64 - 1)
+        self.patch(helper, "free_for_tensors", lambda: 4 * 7 * 32 * 64 - 1)
         said = "7 images of 64x32 take 0 MB of memory and 0 MB are free: lower --image"
         with self.assertRaisesRegex(ProgramError, said):
             get_batches(samples, 1)
@@ -1578,11 +1578,7 @@ class Optimize(Case):
             (fixed + 1.4 * each, 0),
             (0, 0),
         ):
-            idle = {"peak": memory // 2 + 5, "current": 5}  # what TensorFlow has of it
-            get_info = mock.Mock(return_value=idle)
-            self.patch(tf.config.experimental, "get_memory_info", get_info)
-            free = memory - memory // 2
-            self.patch(helper, "free_memory", mock.Mock(return_value=free))
+            self.patch(helper, "free_for_tensors", lambda memory=memory: memory)
             self.assertEqual(helper.largest_batch(self.model, (32, 96), 1), fits)
             self.assertEqual(helper.largest_batch(self.model, (32, 96), 4), 4 * fits)
 
@@ -3512,6 +3508,29 @@ class Damaged(Program):
 # ----------------------------------------------------------- what was trained, used
 
 
+# Ask for tensors of 300 and 500 MB where 400 MiB are free.
+SMALL_MACHINE = """
+import pathlib
+
+read = pathlib.Path.read_text
+
+def read_text(path, *args, **kwargs):
+    small = str(path) == "/proc/meminfo"
+    return "MemAvailable: 409600 kB" if small else read(path, *args, **kwargs)
+
+pathlib.Path.read_text = read_text
+import helper
+import tensorflow as tf
+
+for size in 300, 500:
+    try:
+        tf.zeros(size * 10**6, tf.uint8)
+        print(size, "MB")
+    except tf.errors.ResourceExhaustedError:
+        pass
+"""
+
+
 class Devices(Program):
     """One device, two, and two processes: the same run."""
 
@@ -3687,16 +3706,26 @@ class Devices(Program):
             (group / "memory.max").write_text(f"{limit}\n")
             self.assertEqual(helper.free_memory(), free)
 
-    def test_memory_is_kept_for_the_next_step_and_ends_with_the_machines(self):
-        x = tf.zeros(10**6)
-        memory = tf.config.experimental.get_memory_info("CPU:0")
-        self.assertGreaterEqual(memory["current"], x.numpy().nbytes)
-        for free, limit in (3 * 2**30 + 1, "3072"), (np.inf, str(2**30)):
+    def test_tensors_can_have_what_is_free_or_idle_up_to_the_limit(self):
+        held = mock.Mock(return_value={"current": 300, "peak": 500})
+        self.patch(tf.config.experimental, "get_memory_info", held)
+        for free, limit, expected in (1000, 2000, 1200), (1000, 1400, 1100):
             self.patch(helper, "free_memory", mock.Mock(return_value=free))
-            with mock.patch.dict(os.environ):
-                os.environ.pop("TF_CPU_BFC_MEM_LIMIT_IN_MB", None)
-                helper.prepare_device()
-                self.assertEqual(os.environ["TF_CPU_BFC_MEM_LIMIT_IN_MB"], limit)
+            self.patch(helper, "MEMORY", limit)
+            self.assertEqual(helper.free_for_tensors(), expected)
+        held.side_effect = ValueError  # of an allocator that keeps none
+        self.assertEqual(helper.free_for_tensors(), 1000)
+
+    def test_tensors_end_where_memory_does(self):
+        done = subprocess.run(
+            [sys.executable, "-c", SMALL_MACHINE],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=Path(main.__file__).parent,
+            timeout=TIMEOUT,
+        )
+        self.assertEqual((done.returncode, done.stdout), (0, "300 MB\n"), done.stderr)
 
     def test_without_memory_the_batch_that_should_fit_is_named(self):
         full = tf.errors.ResourceExhaustedError(None, None, "OOM")
