@@ -1491,9 +1491,9 @@ class Batches:
         return [self.decoded.samples[row].image.name for row in rows]
 
     def from_step(self, step):
-        """Return the training steps from `step` on, shuffled and augmented, endless.
+        """Return an iterator of the training steps from `step` on, shuffled, augmented.
 
-        Workers would have to agree on an end at every step.
+        It is endless: workers would have to agree on an end at every step.
         """
         steps = iter(
             self.device.strategy.distribute_datasets_from_function(
