@@ -1202,12 +1202,25 @@ class Split(NamedTuple):
         """Return how many there are, as run.json says."""
         return {name: len(images) for name, images in self._asdict().items()}
 
-    def names_digest(self):
-        """Return a digest of all names, by which a resumed run knows its images."""
-        names = [sample.image.name for sample in self.training + self.holdout]
-        names += ["test", *(path.name for path in self.test)]
-        text = "\n".join(names).encode(errors="surrogateescape")
-        return hashlib.sha256(text).hexdigest()[:16]
+    def digest(self):
+        """Return a digest of all names, and of what is trained and scored on.
+
+        By it a resumed run, or another worker, knows its images.
+        """
+        files = [path for sample in self.training + self.holdout for path in sample]
+        names = "\n".join(path.name for path in [*files, *self.test])
+        total = hashlib.sha256(names.encode(errors="surrogateescape"))
+        contents = ahead(file_digest, files)
+        for content in tqdm(contents, "checksums", len(files), disable=None):
+            total.update(content)
+        return total.hexdigest()[:16]
+
+
+def file_digest(path):
+    """Return the digest of what a file holds."""
+    readable = blaming(path, "a readable image", "replace or remove it")
+    with readable, open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def read_image(path):
@@ -2545,6 +2558,7 @@ class Run:
     def __init__(self, path, config, network, split, device):
         self.path, self.config, self.network = path, config, network
         self.split, self.device = split, device
+        self.digest = split.digest()
         self.record = {"finished": False, "trained": False, "seconds": 0.0}
         self.record |= {"resumed": [], "history": []}
         if config.resume:
@@ -2576,9 +2590,9 @@ class Run:
             raise ProgramError(f"{self.path} is finished: nothing to go on with")
         with blaming(self.path, "a run of this network", "begin a new one"):
             check_network(record, self.network)
-        counts, digest = self.split.counts(), self.split.names_digest()
-        if (record["data"], record["images"]) != (counts, digest):
-            other = " of other names" if record["data"] == counts else ""
+        counts = self.split.counts()
+        if (record["data"], record["images"]) != (counts, self.digest):
+            other = " of other names or content" if record["data"] == counts else ""
             raise ProgramError(
                 f"{self.path} was begun with {record['data']} images, here are "
                 f"{counts}{other}: name its data set with --data-dir"
@@ -2613,7 +2627,7 @@ class Run:
             "network": self.network,
             "device": self.device.facts(),
             "data": self.split.counts(),
-            "images": self.split.names_digest(),
+            "images": self.digest,
             "versions": {each.__name__: each.__version__ for each in packages},
         }
 
@@ -2658,6 +2672,7 @@ class Run:
         shared = {k: v for k, v in config.items() if not isinstance(v, Path)}
         shared |= {"vgg": config["vgg"] == "random", "checkpoint_minutes": None}
         shared |= self.device.facts() | {"name": None} | self.split.counts()
+        shared |= {"images": self.digest}
         variables = self.state.model.trainable_variables
         weights = sum(zlib.crc32(w.numpy()) for w in variables)
         return shared | {"weights": weights, "step": step}

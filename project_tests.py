@@ -3498,11 +3498,18 @@ class Damaged(Program):
 
     def test_other_images_of_the_same_number_are_noticed(self):
         self.stopped(4, self.main)
+        said = "here are .* of other names or content: name its data set"
         folder = self.folder / "data/data_road/training"
-        (folder / "image_2/um_000003.png").rename(folder / "image_2/um_000033.png")
-        label = folder / "gt_image_2/um_road_000003.png"
-        label.rename(label.with_name("um_road_000033.png"))
-        self.assert_line(self.resume(), "here are .* of other names: name its data set")
+        image, label = "image_2/um_000003.png", "gt_image_2/um_road_000003.png"
+        for name in image, label, "gt_image_2/um_road_000005.png":  # the last held out
+            whole = (folder / name).read_bytes()
+            with Image.open(folder / name) as picture:
+                picture.transpose(Image.FLIP_LEFT_RIGHT).save(folder / name)
+            self.assert_line(self.resume(), said)
+            (folder / name).write_bytes(whole)
+        (folder / image).rename(folder / "image_2/um_000033.png")
+        (folder / label).rename(folder / "gt_image_2/um_road_000033.png")
+        self.assert_line(self.resume(), said)
 
 
 # ----------------------------------------------------------- what was trained, used
@@ -3648,6 +3655,23 @@ class Devices(Program):
             self.assertRegex(own_lines(errors)[-1], "^another worker has (oth|end)")
         self.assertIn("other settings", "".join(end[2] for end in ends))
         self.assertEqual(self.run_dirs(), [])
+
+    def test_workers_know_other_labels(self):
+        facts = []
+
+        def begin(run, state, *args, **kwargs):
+            run.state = state
+            facts.append(run.shared_facts(step=0))
+            raise KeyboardInterrupt  # enough
+
+        self.patch(helper.Run, "begin", begin)
+        labels = self.folder / "data/data_road/training/gt_image_2"
+        for _ in range(2):
+            self.assertEqual(self.main()[0], 130)
+        shutil.copy(labels / "um_road_000001.png", labels / "um_road_000002.png")
+        self.assertEqual(self.main()[0], 130)
+        self.assertEqual(facts[0], facts[1])
+        self.assertNotEqual(facts[0], facts[2])
 
     def test_a_cluster_that_is_none_is_refused_with_one_line(self):
         for text in "{", '{"cluster": 3}', '{"cluster": {"worker": ["a:1", "b:2"]}}':
