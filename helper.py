@@ -394,6 +394,9 @@ def noting_signals(workers):
 
 VOID = 255
 IMAGES = ".png", ".jpg", ".jpeg"
+CORES = os.cpu_count()  # those of the machine, or the fewer that may be used
+if hasattr(os, "sched_getaffinity"):
+    CORES = len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
@@ -528,7 +531,7 @@ def encoded(pixels, kind="PNG"):
 
 def ahead(task, items, depth=None, workers=None):
     """Yield task(item) in order, done in threads up to `depth` items ahead."""
-    depth = os.cpu_count() + 2 if depth is None else depth
+    depth = CORES + 2 if depth is None else depth
     pool, waiting = ThreadPoolExecutor(workers), collections.deque()
     try:
         for item in items:
@@ -655,7 +658,7 @@ def prepare_device(precision="auto", xla=False, deterministic=False):
     mixed = "" if precision == "float32" else "mixed_"
     keras.config.set_dtype_policy(mixed + precision)
     device = Device(precision=precision, workers=workers, strategy=strategy)
-    device.name = f"CPU, {count_of(os.cpu_count(), 'core')}"
+    device.name = f"CPU, {count_of(CORES, 'core')}"
     if gpus:
         details = tf.config.experimental.get_device_details(gpus[0])
         device.name = details.get("device_name", gpus[0].name)
@@ -1719,7 +1722,7 @@ def count_pixels(path):
 
 def stage_depth(pixels):
     """Return how many images of so many pixels each stage may hold; 0: alone."""
-    return min(IN_FLIGHT // 4 // pixels, os.cpu_count() + 2)
+    return min(IN_FLIGHT // 4 // pixels, CORES + 2)
 
 
 def gen_test_output(predictor, image_paths, depth):
