@@ -1592,11 +1592,10 @@ class Batches:
         # TensorFlow gives no options: see LINGERING.
         options.autotune.enabled = False
         dataset = dataset.with_options(options)
-        if self.device.replicas > 1:
-            return dataset  # they fetch to their devices themselves
-        gpus, cpus = map(tf.config.list_logical_devices, ("GPU", "CPU"))
-        device = [*gpus, *cpus][0].name
-        fetch = tf.data.experimental.prefetch_to_device(device, buffer_size=2)
+        gpus = tf.config.list_logical_devices("GPU")
+        if self.device.replicas > 1 or not gpus:
+            return dataset  # several replicas fetch to their devices themselves
+        fetch = tf.data.experimental.prefetch_to_device(gpus[0].name, buffer_size=2)
         return dataset.apply(fetch).with_options(options)
 
 
