@@ -394,7 +394,7 @@ def noting_signals(workers):
 
 VOID = 255
 IMAGES = ".png", ".jpg", ".jpeg"
-CORES = os.cpu_count()  # those of the machine, or the fewer that may be used
+CORES = os.cpu_count()  # those of the machine, or the fewer that it is bound to
 if hasattr(os, "sched_getaffinity"):
     CORES = len(os.sched_getaffinity(0))
 
@@ -1206,15 +1206,18 @@ class Split(NamedTuple):
         return {name: len(images) for name, images in self._asdict().items()}
 
     def digest(self):
-        """Return a digest of all names, and of what is trained and scored on.
+        """Return a digest of all names, and of the images and labels themselves.
 
-        By it a resumed run, or another worker, knows its images.
+        By it a resumed run, or another worker, knows its data. What the test images
+        hold is left out.
         """
         files = [path for sample in self.training + self.holdout for path in sample]
         names = "\n".join(path.name for path in [*files, *self.test])
         total = hashlib.sha256(names.encode(errors="surrogateescape"))
         contents = ahead(file_digest, files)
-        for content in tqdm(contents, "checksums", len(files), disable=None):
+        for content in tqdm(
+            contents, "checksums", len(files), unit="file", disable=None
+        ):
             total.update(content)
         return total.hexdigest()[:16]
 
@@ -1585,7 +1588,7 @@ class Batches:
         return images, labels, tf.where(real, weight, 0)
 
     def prefetched(self, dataset):
-        """Return `dataset` made ahead, on the device itself where it is one."""
+        """Return `dataset` made ahead, on the GPU itself where it is one."""
         options = tf.data.Options()
         # A thread that tunes ends up to a minute after the last use, and the checkpoint
         # of a run that is stopped would wait for it. To those of several replicas
@@ -1594,7 +1597,7 @@ class Batches:
         dataset = dataset.with_options(options)
         gpus = tf.config.list_logical_devices("GPU")
         if self.device.replicas > 1 or not gpus:
-            return dataset  # several replicas fetch to their devices themselves
+            return dataset  # it is there; several replicas fetch it themselves
         fetch = tf.data.experimental.prefetch_to_device(gpus[0].name, buffer_size=2)
         return dataset.apply(fetch).with_options(options)
 
@@ -2534,12 +2537,14 @@ def open_run(config, network, split, device):
     workers only the chief writes. Raises ProgramError while another program is at work
     there.
     """
+    digest = split.digest()  # before there is a folder: it may be stopped, or fail
     if not device.chief:
-        yield Run(config.resume or config.runs_dir, config, network, split, device)
+        path = config.resume or config.runs_dir
+        yield Run(path, config, network, split, digest, device)
         return
     path = config.resume or new_folder(config.runs_dir, config.name)
     with locked(path / CHECKPOINTS / "run", wait=False):
-        run = Run(path, config, network, split, device)
+        run = Run(path, config, network, split, digest, device)
         try:
             if not config.resume:  # there the checkpoint has to be accepted first
                 run.write()
@@ -2557,10 +2562,9 @@ class Run:
     Of several workers only the chief writes.
     """
 
-    def __init__(self, path, config, network, split, device):
+    def __init__(self, path, config, network, split, digest, device):
         self.path, self.config, self.network = path, config, network
-        self.split, self.device = split, device
-        self.digest = split.digest()
+        self.split, self.digest, self.device = split, digest, device
         self.record = {"finished": False, "trained": False, "seconds": 0.0}
         self.record |= {"resumed": [], "history": []}
         if config.resume:
@@ -2593,11 +2597,13 @@ class Run:
         with blaming(self.path, "a run of this network", "begin a new one"):
             check_network(record, self.network)
         counts = self.split.counts()
-        if (record["data"], record["images"]) != (counts, self.digest):
+        same = (record["data"], record["images"]) == (counts, self.digest)
+        if self.has_weights and not same:  # else it begins anew
             other = " of other names or content" if record["data"] == counts else ""
             raise ProgramError(
                 f"{self.path} was begun with {record['data']} images, here are "
-                f"{counts}{other}: name its data set with --data-dir"
+                f"{counts}{other}: undo the change, or name its data set with "
+                "--data-dir"
             )
         epochs = record["config"].get("epochs")
         if record["trained"] and epochs != self.config.epochs:

@@ -1,6 +1,6 @@
 """Check every stage of main.py and helper.py, in the order in which they run.
 
-    python project_tests.py             all of it, on all cores
+    python project_tests.py             all of it, on all cores, at most 16
     python project_tests.py LoadVgg     one stage
     python project_tests.py --benchmark [--benchmark-steps N] [settings of main.py]
     python project_tests.py --benchmark-job     what a run costs beside its steps
@@ -1160,7 +1160,6 @@ class Data(Case):
         tasks = Path("/proc/self/task")
         if not tasks.exists():
             self.skipTest("only Linux tells the threads of a process")
-        self.a_gpu()
         get_batches_fn = helper.gen_batch_function(self.samples(4), (32, 64))
 
         def threads():
@@ -1171,13 +1170,16 @@ class Data(Case):
                 next(each)
             return len([*tasks.iterdir()]) - before
 
-        threads()  # brings some that stay
-        ours = threads()
         untold = mock.patch.object(
             tf.data.Dataset, "with_options", lambda self, _: self
         )
-        with untold:  # on the host, and on the device
-            self.assertEqual(threads(), ours + 4 * 2)
+        for pipelines in 1, 2:
+            if pipelines == 2:
+                self.a_gpu()  # which has one of its own
+            threads()  # brings some that stay
+            ours = threads()
+            with untold:
+                self.assertEqual(threads(), ours + 4 * pipelines)
         two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
         device = helper.Device(strategy=two)
         get_batches_fn = helper.gen_batch_function(self.samples(4), (32, 64), 0, device)
@@ -2289,6 +2291,9 @@ class Run(Program):
             return convert(entity, context)
 
         self.patch(autograph, "_convert_actual", noted)
+        tf.function(lambda x: x + 1)(1)
+        self.assertTrue(read)
+        read.clear()
         self.assertEqual(self.main()[0], 0)
         self.assertEqual(read, set())
 
@@ -2535,8 +2540,10 @@ class Run(Program):
         self.assert_line(self.resume(), "config: no precision of the device")
 
     def test_ctrl_c_ends_it_with_one_line(self):
-        self.patch(main, "train_nn", mock.Mock(side_effect=KeyboardInterrupt))
-        self.assert_refused(130, said="stopped by SIGINT")
+        for target, name in (helper, "file_digest"), (main, "train_nn"):
+            with mock.patch.object(target, name, side_effect=KeyboardInterrupt):
+                self.assert_refused(130, said="stopped by SIGINT")
+            self.assertEqual(self.run_dirs(), [])
 
     def test_a_signal_a_moment_after_another_does_not_end_its_ending(self):
         self.patch(helper, "SAME_SIGNAL", 0.5)
@@ -2729,8 +2736,11 @@ class Score(Program):
 
     def test_a_label_of_another_size_is_not_scored(self):
         label = self.folder / "data/data_road/training/gt_image_2/um_road_000005.png"
+        whole = label.read_bytes()
         Image.new("RGB", (24, 40)).save(label)
         self.assert_refused(1, "--epochs", 0, said="um_road_000005.png is 24x40")
+        label.write_bytes(whole)
+        self.assertEqual(self.resume()[0], 0)  # it has learned nothing from the other
 
     def test_a_submission_is_what_the_benchmark_takes(self):
         self.data("calibrated", draw_calibrated)
@@ -3530,7 +3540,7 @@ class Damaged(Program):
 
     def test_other_images_of_the_same_number_are_noticed(self):
         self.stopped(4, self.main)
-        said = "here are .* of other names or content: name its data set"
+        said = "here are .* of other names or content: undo the change"
         folder = self.folder / "data/data_road/training"
         image, label = "image_2/um_000003.png", "gt_image_2/um_road_000003.png"
         for name in image, label, "gt_image_2/um_road_000005.png":  # the last held out
@@ -5006,6 +5016,7 @@ project_tests.play(began, imported)
 """
 STAGES = {  # of the default job: what is waited for, and whose time it is
     "looking at the test images": (helper, "check_tests"),
+    "checksums": (helper.Split, "digest"),
     "decoding": (helper, "gen_batch_function"),
     "building and loading VGG-16": (main, "fcn8s"),
     "the optimizer's state": (main, "optimize"),
@@ -5134,7 +5145,7 @@ def portions(suite):
 
 
 def check_all(names):
-    """Run the tests of these names, or all, on all cores; return the exit code."""
+    """Run the tests of these names, or all, in parallel; return the exit code."""
     loader, module = unittest.defaultTestLoader, sys.modules[__name__]
     if names:
         suite = loader.loadTestsFromNames(names, module)
