@@ -4949,7 +4949,7 @@ def measure(began, times, *, batch_size, get_batches_fn, train_step, state, **_)
     rates = []
     for side in SIDES:
         x = tf.cast(tf.random.normal((side, side)), dtype)
-        product = functools.partial(tf.function(lambda x: (x @ x)[0, 0]), x)
+        product = functools.partial(helper.traced(lambda x: (x @ x)[0, 0]), x)
         rates.append(2 * side**3 / seconds(product, times))
     flop = layer_flop(state.model, image_shape)
     # backward: to the kernel and to the input, but for that of the first layer
