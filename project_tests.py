@@ -3540,7 +3540,8 @@ class Damaged(Program):
 
     def test_other_images_of_the_same_number_are_noticed(self):
         self.stopped(4, self.main)
-        said = "here are .* of other names or content: undo the change"
+        said = "here are .* of other names or content: undo the change, or name its "
+        said += "data set with --data-dir"
         folder = self.folder / "data/data_road/training"
         image, label = "image_2/um_000003.png", "gt_image_2/um_road_000003.png"
         for name in image, label, "gt_image_2/um_road_000005.png":  # the last held out
