@@ -1386,8 +1386,8 @@ class LoadVgg(Case):
         )
 
     def test_a_product_is_the_convolution(self):
-        x = tf.random.normal((2, 5, 9, 6), seed=0)
-        for side in 7, 1:
+        for side, height in (7, 5), (7, 2), (7, 1), (1, 5):
+            x = tf.random.normal((2, height, 9, 6), seed=0)
             ours = main.FullyConnected(4, side, padding="same", activation="relu")
             theirs = keras.layers.Conv2D(4, side, padding="same", activation="relu")
             for layer in ours, theirs:
