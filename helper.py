@@ -1864,8 +1864,9 @@ def predict(paths, predictor, runs_dir, name=None):
     """Write overlays of images, of folders' images and videos, and of videos.
 
     All go into a new folder in `runs_dir`: images under their own names, beside them
-    confidence/, their road confidence in 8 bits; a video as mp4 of its size, rate and
-    number of frames. Raises ProgramError at the end for what could not be used.
+    confidence/, their road confidence in 8 bits; a video as mp4 of its size (in square
+    pixels), rate and number of frames. Raises ProgramError at the end for what could
+    not be used.
     """
     problems = []
     names = name_outputs(find_inputs(paths, problems))
@@ -1961,8 +1962,9 @@ class Prediction:
             with blaming(path, "a readable video", f"name {READABLE}"):
                 source = str(path.absolute())  # a colon would be a protocol
                 packets, seconds, end = read_packets(source)
-                # the same stream; and no varying rate is evened out
+                # the same stream; no varying rate is evened out; and square pixels
                 which = ["-map", "0:V:0", "-fps_mode", "passthrough"]
+                which += ["-vf", "scale=iw*sar:ih"]
                 frames = imageio_ffmpeg.read_frames(source, output_params=which)
                 facts = next(frames)
                 first = next(frames)

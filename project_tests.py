@@ -4170,6 +4170,17 @@ class Use(Program):
         said = subprocess.run(command, capture_output=True, check=False).stderr
         self.assertIn(b"yuv420p(tv, bt709", said)
 
+    def test_a_video_of_pixels_that_are_not_square_keeps_its_shape(self):
+        turn = "-display_rotation 90 -i wide.mp4 -c copy"
+        for name, size, arguments in (
+            ("wide.mp4", (128, 48), "video:10:1 -vf setsar=4/3"),
+            ("upright.mp4", (36, 96), turn),  # a pixel is 3/4 as wide as high by then
+        ):
+            path = self.ffmpeg(name, arguments)
+            self.assertEqual(self.use("--predict", path)[0], 0)
+            data, *frames = imageio_ffmpeg.read_frames(str(self.out() / name))
+            self.assertEqual((data["size"], len(frames)), (size, 10))
+
     def test_a_video_that_cannot_be_written_leaves_the_others(self):
         names = ["n" * 252 + ".ts", "z.mkv"]  # an mp4's name would be too long
         paths = [self.video(self.folder / name) for name in names]
