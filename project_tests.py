@@ -3831,6 +3831,11 @@ class Benchmark(Program):
         }
         expected = sorted(2 * weights * places for weights, places in kernels.values())
         self.assertEqual(sorted(layer_flop(model, (32, 96))), expected)
+        fc6 = main.FullyConnected(4, 7, padding="same")
+        image = keras.Input((None, None, 3))
+        model = keras.Model(image, fc6(image))
+        # of 2 rows those of the kernel see 0, 0, 1, 2, 1, 0, 0
+        self.assertEqual(layer_flop(model, (2, 5)), [2 * 7 * 3 * 4 * (1 + 2 + 1) * 5])
 
     def test_it_prints_a_table_and_json(self):
         settings = ["--image-height=32", "--image-width=96", "--batch-size=2"]
@@ -4903,7 +4908,10 @@ helper.be_a_program(main.main)
 
 
 def layer_flop(model, image_shape):
-    """Return the FLOP of an image in each layer of `model` that has a kernel."""
+    """Return the FLOP of an image in each layer of `model` that has a kernel.
+
+    What fc6 multiplies with the padding above and below is left out, as it is on a CPU.
+    """
     layers = [layer for layer in model.layers if hasattr(layer, "kernel")]
     ends = [x for layer in layers for x in (layer.input, layer.output)]
     image = keras.KerasTensor((1, *image_shape, 3), "uint8")
@@ -4912,8 +4920,12 @@ def layer_flop(model, image_shape):
     for layer, x, y in zip(layers, shapes[::2], shapes[1::2]):
         # a transposed convolution is one from its output to its input
         transposed = isinstance(layer, keras.layers.Conv2DTranspose)
-        places = np.prod((x if transposed else y).shape[1:3])
-        flop.append(2 * float(np.prod(layer.kernel.shape) * places))
+        height, width = (x if transposed else y).shape[1:3]
+        side = layer.kernel.shape[0]
+        if isinstance(layer, main.FullyConnected):  # then each of its rows sees less
+            seen = [max(height - abs(row - side // 2), 0) for row in range(side)]
+            height = np.mean(seen)
+        flop.append(2 * float(np.prod(layer.kernel.shape) * height * width))
     return flop
 
 
