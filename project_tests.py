@@ -17,6 +17,7 @@ import copy
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import html.parser
 import http.server
@@ -1161,13 +1162,15 @@ class Data(Case):
         if not tasks.exists():
             self.skipTest("only Linux tells the threads of a process")
         get_batches_fn = helper.gen_batch_function(self.samples(4), (32, 64))
+        gc.collect()  # what other tests left ends before the counting, not in it
+        alive = []
 
         def threads():
             """Return how many threads four data sets have."""
             before = len([*tasks.iterdir()])
-            batches = [get_batches_fn(2).from_step(0) for _ in range(4)]
-            for each in batches:
-                next(each)
+            for _ in range(4):
+                alive.append(get_batches_fn(2).from_step(0))
+                next(alive[-1])
             return len([*tasks.iterdir()]) - before
 
         untold = mock.patch.object(
