@@ -3005,7 +3005,9 @@ class Resume(Program):
         self.assertEqual(self.main("--epochs", 0)[0], 0)
         self.assertEqual(self.call("--resume", run_dir)[0], 0)
         self.assertEqual(self.main("--weights", run_dir, "--epochs", 0)[0], 0)
-        self.assertEqual(self.call("--weights", run_dir, "--predict", images)[0], 0)
+        use = "--weights", run_dir, "--predict", images
+        runs = "--runs-dir", self.folder / "runs"
+        self.assertEqual(self.call(*use, *runs)[0], 0)
         found = [
             bound(small_vgg, call.args, call.kwargs)["vgg_path"]
             for call in load_vgg.call_args_list
