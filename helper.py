@@ -459,7 +459,7 @@ def locked(path, wait=True):
     Raises ProgramError where nothing can be written beside `path` and, without `wait`,
     where another program holds the lock.
     """
-    name = path.with_name(f".{path.name}.lock")
+    name = _lock_name(path)
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(name, path, wait) if fcntl else contextlib.nullcontext()
@@ -475,6 +475,25 @@ def locked(path, wait=True):
         finally:
             if fcntl and _is_at(lock, name):
                 name.unlink()
+
+
+def is_locked(path):
+    """Return whether a program keeps others off `path`, or may do so."""
+    if not fcntl:
+        return True
+    try:
+        with open(_lock_name(path)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except FileNotFoundError:
+        return False
+    except OSError:  # it is held, or cannot be looked at
+        return True
+
+
+def _lock_name(path):
+    """Return the file whose lock keeps others off `path`."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def _lock(name, path, wait):
@@ -1964,7 +1983,8 @@ class Prediction:
                 packets, seconds, end = read_packets(source)
                 # the same stream; no varying rate is evened out; and square pixels
                 which = ["-map", "0:V:0", "-fps_mode", "passthrough"]
-                which += ["-vf", "scale=iw*sar:ih"]
+                # mp4's colours want an even width, which NTSC's would not have
+                which += ["-vf", "scale='if(eq(sar,1),iw,2*round(iw*sar/2))':ih"]
                 frames = imageio_ffmpeg.read_frames(source, output_params=which)
                 facts = next(frames)
                 first = next(frames)
@@ -3495,6 +3515,8 @@ def overview_row(path):
     """Return when a run started and its cells; raises whatever a damage leads to."""
     record = read_run(path)
     config, state = record["config"], state_of(record)
+    if state == "running" and not is_locked(path / CHECKPOINTS / "run"):
+        state = "stopped"  # by a kill or a power cut, which its record cannot know
     measures, _ = latest_measures(record)
     unsure = "" if "AP" in measures else "~"
     done, vgg = len(record["history"]), {"downloaded": "VGG-16"}

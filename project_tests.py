@@ -4184,6 +4184,7 @@ class Use(Program):
         turn = "-display_rotation 90 -i wide.mp4 -c copy"
         for name, size, arguments in (
             ("wide.mp4", (128, 48), "video:10:1 -vf setsar=4/3"),
+            ("ntsc.mp4", (114, 48), "video:10:1 -vf setsar=32/27"),  # 113.8
             ("upright.mp4", (36, 96), turn),  # a pixel is 3/4 as wide as high by then
         ):
             path = self.ffmpeg(name, arguments)
@@ -4765,6 +4766,19 @@ class Overview(Folder):
         self.assertEqual(links[2], "20261124-130005/index.html")
         self.assertEqual(len(page.all("td")), 3 * len(page.all("th")))
         self.assertIn(helper.MEASURES["MaxF"], page.text)
+
+    def test_a_run_that_was_killed_is_not_called_running(self):
+        record = a_record(state="running", finished=False)
+        for name in "at work", "killed", "copied":
+            self.write(name, record)
+        lock = self.folder.parent / "killed/checkpoint/.run.lock"
+        lock.parent.mkdir()
+        lock.touch()  # as a kill leaves it
+        with helper.locked(self.folder.parent / "at work/checkpoint/run"):
+            states = {name: state for name, state, *_ in self.rows()[0]}
+        self.assertEqual(states.pop("at work"), "running")
+        self.assertEqual(states, {"killed": "stopped", "copied": "stopped"})
+        self.assertTrue(lock.exists())
 
     def test_a_damaged_record_is_a_grey_row(self):
         whole = json.dumps(a_record())
