@@ -2419,11 +2419,13 @@ def read_run(run_dir):
     """
     path = run_dir / "run.json"
     with blaming(path, "the record of a run", "name another folder"):
-        record = {"trained": False, "seconds": 0.0, **json.loads(path.read_text())}
+        missing = {"trained": False, "seconds": 0.0, "unseen_fraction": 1.0}
+        record = missing | json.loads(path.read_text())
         kinds = {
             "finished": bool,
             "trained": bool,
             "seconds": (int, float),
+            "unseen_fraction": (int, float),
             "config": dict,
             "device": dict,
             "images": str,
@@ -2436,6 +2438,9 @@ def read_run(run_dir):
             check_epoch(epoch, number)
         if not all(type(step) is int for step in record["resumed"]):
             raise ValueError(f"resumed is {record['resumed']!r}")
+        if not 0 <= record["seconds"] < 1e9:
+            raise ValueError(f"seconds is {record['seconds']!r}")
+        json.dumps(record, allow_nan=False)  # or it could not be written again
         return record
 
 
@@ -2658,8 +2663,19 @@ class Run:
             "device": self.device.facts(),
             "data": self.split.counts(),
             "images": self.digest,
+            "unseen_fraction": self.unseen_fraction(),
             "versions": {each.__name__: each.__version__ for each in packages},
         }
+
+    def unseen_fraction(self):
+        """Return the fraction that is held out here and was so before, if ever.
+
+        On the rest of the hold-out the weights at the start may have been trained.
+        """
+        fraction = self.record.get("unseen_fraction", 1)  # of the run that is resumed
+        if self.config.weights and not self.config.resume:
+            _, fraction = read_weights_settings(self.config.weights, self.network)
+        return min(fraction, self.config.holdout_fraction)
 
     def begin(self, state, predictor, total_steps):
         """Take up `state`; where the run is resumed, as it was left."""
@@ -2686,6 +2702,8 @@ class Run:
         if self.device.chief:
             if self.config.resume:
                 self.note_resuming(step)
+            if may_flatter(self.record):
+                print(f"hold-out: {FLATTERING}")
             print(f"the run is in {self.path}; watch index.html there")
 
     def make_room(self):
@@ -2798,7 +2816,8 @@ class Run:
         """Write the weights as they are now, with what they are of."""
         facts = {"image_height": self.config.image_height}
         facts |= {"image_width": self.config.image_width}
-        facts |= {name: self.record[name] for name in ("network", "config", "versions")}
+        names = "network", "config", "unseen_fraction", "versions"
+        facts |= {name: self.record[name] for name in names}
         facts |= {"run": self.path.name, "step": int(self.state.step.numpy())}
         write_weights(self.state.model, self.path / WEIGHTS, facts)
 
@@ -2935,10 +2954,11 @@ def find_weights(path):
 
 
 def read_weights_settings(path, network):
-    """Return what the weights at `path` were trained with, as settings.
+    """Return what the weights at `path` were trained with, and what they never saw.
 
-    That is the input size and the hold-out fraction. Raises ProgramError for a file
-    that does not say them, or of another network.
+    That are settings, the input size and the hold-out fraction; and the fraction that
+    no training before has seen either. Raises ProgramError for a file that does not
+    say them, or of another network.
     """
     path = find_weights(path)
     advice = f"name the {WEIGHTS} of a run of this version, or train one"
@@ -2950,11 +2970,12 @@ def read_weights_settings(path, network):
         shape = facts["image_height"], facts["image_width"]
         if not all(type(side) is int and side > 0 and side % 32 == 0 for side in shape):
             raise ValueError(f"its input size is {shape}")
-        fraction = facts["config"]["holdout_fraction"]
-        if type(fraction) not in (int, float) or not 0 <= fraction < 1:
-            raise ValueError(f"its hold-out fraction is {fraction}")
+        fractions = facts["config"]["holdout_fraction"], facts["unseen_fraction"]
+        for fraction in fractions:
+            if type(fraction) not in (int, float) or not 0 <= fraction < 1:
+                raise ValueError(f"its hold-out fraction is {fraction}")
         settings = {"image_height": shape[0], "image_width": shape[1]}
-        return settings | {"holdout_fraction": fraction}
+        return settings | {"holdout_fraction": fractions[0]}, fractions[1]
 
 
 def load_weights(model, path):
@@ -3055,6 +3076,10 @@ PLANE_NOTES = {
     "bev": "The road from above, 20 m wide and 6 to 46 m ahead, in cells of 5 cm: the "
     "view of the benchmark's table, where far road counts as much as near road.",
 }
+FLATTERING = (
+    "the weights at its start may have been trained on some of these images, then the "
+    "scores flatter"
+)
 STATES = "running", "stopped", "failed", "finished"
 RELOAD = 30  # seconds, while a run is running
 PAGE = """<!doctype html>
@@ -3159,14 +3184,21 @@ def state_of(record):
     return state if state in STATES else STATES[3 if record["finished"] else 1]
 
 
+def may_flatter(record):
+    """Return whether images may be scored that the run's weights were trained on."""
+    return record.get("unseen_fraction", 1) < record["config"]["holdout_fraction"]
+
+
 def latest_measures(record):
     """Return MaxF and IoU in percent, and how they were measured; or {} and why not."""
     if measures := record["scores"].get("image", {}).get("urban"):
-        return measures, "hold-out at its own size"
-    if record["history"] and "MaxF" in record["history"][-1]:
+        source = "hold-out at its own size"
+    elif record["history"] and "MaxF" in record["history"][-1]:
         source = "hold-out at the network's size, not yet scored at its own"
-        return record["history"][-1], source
-    return {}, "no hold-out image is scored"
+        measures = record["history"][-1]
+    else:
+        return {}, "no hold-out image is scored"
+    return measures, source + f"; {FLATTERING}" * may_flatter(record)
 
 
 def differing(record):
@@ -3522,6 +3554,8 @@ def overview_row(path):
     done, vgg = len(record["history"]), {"downloaded": "VGG-16"}
     changed = [name for name in differing(record) if name not in NO_REMARK]
     changed = [f"{shown(name)} {shown(config[name])}" for name in changed]
+    if measures and may_flatter(record):
+        changed.append("scores may flatter")
     started = str(record.get("started") or "")
     cells = [
         f'<a href="{link(path / "index.html", path.parent)}">{shown(path.name)}</a>',

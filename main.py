@@ -186,16 +186,11 @@ def parse(argv):
     if "weights" in given and parsed["vgg"] not in (None, *NO_FILE):
         parser.error("--weights replaces VGG-16 too: leave --vgg out")
     if "weights" in given:
-        settings = helper.read_weights_settings(parsed["weights"], NETWORK)
+        settings, _ = helper.read_weights_settings(parsed["weights"], NETWORK)
         parser.set_defaults(**settings)
     if "resume" in given:
         parser.set_defaults(**recorded_settings(parsed["resume"]))
     config = Config(**vars(parser.parse_args(argv)))
-    if "weights" in given and config.holdout_fraction > settings["holdout_fraction"]:
-        print(
-            "of the images that these weights were trained on, some may be held out "
-            "here: then the scores flatter"
-        )
     if config.vgg not in NO_FILE:
         config = dataclasses.replace(config, vgg=str(Path(config.vgg).absolute()))
     return config

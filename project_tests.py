@@ -2109,8 +2109,9 @@ class Scores(Case):
 def save_weights(model, path, **facts):
     """Write a weight file as a run does."""
     size = {"image_height": 32, "image_width": 96}
-    config = {"holdout_fraction": 0.1667}
-    facts = size | {"network": main.NETWORK, "config": config} | facts
+    fraction = {"holdout_fraction": 0.1667}
+    known = {"network": main.NETWORK, "config": fraction, "unseen_fraction": 0.1667}
+    facts = size | known | facts
     with contextlib.redirect_stdout(io.StringIO()):
         helper.write_weights(model, path, facts)
 
@@ -3094,9 +3095,27 @@ class Resume(Program):
         self.assertEqual((code, self.record()["scores"]), (0, {}))
         self.assertIn("no hold-out: no scores", output)
         self.assertNotIn("flatter", output)
-        _, output, _ = self.main(*use, "--holdout-fraction", 0.2)
-        self.assertIn("some may be held out here: then the scores flatter", output)
-        self.assertEqual(self.record()["config"]["holdout_fraction"], 0.2)
+
+    def test_scores_of_images_that_were_trained_on_say_so_for_ever(self):
+        start = self.reuse("--holdout-fraction", 0)
+        grown = "--holdout-fraction", 0.4, "--weights"
+        stopped = self.stopped(4, self.main, *grown, start)
+        second = self.run_dirs()[-1]
+        shutil.rmtree(start)
+        resumed = self.resume()
+        third = self.main("--weights", second, "--epochs", 0)
+        fourth = self.main("--weights", self.run_dirs()[-1], "--epochs", 0)
+        for code, output, _ in stopped, resumed, third, fourth:
+            self.assertIn(code, (0, 143))
+            self.assertIn(f"hold-out: {helper.FLATTERING}\n", output)
+        self.assertEqual(self.record()["config"]["holdout_fraction"], 0.4)
+        for run_dir in self.run_dirs():
+            page = Elements((run_dir / "index.html").read_text())
+            self.assertEqual(page.text.count(helper.FLATTERING), 1)
+        overview = Elements((self.folder / "runs/index.html").read_text())
+        self.assertEqual(overview.text.count("scores may flatter"), 3)
+        _, output, _ = self.main("--weights", self.reuse(), "--epochs", 0)
+        self.assertNotIn("flatter", output)
 
     def test_a_signal_that_something_swallows_is_not_lost(self):
         self.patch(helper, "SAME_SIGNAL", 0)
@@ -3202,7 +3221,11 @@ class Resume(Program):
         self.assertEqual(self.resume()[0], 0)
 
     def test_what_is_no_run_is_named(self):
-        for content in None, "", "{", "[]", "{}":
+        record = a_record(finished=False)
+        wrong = {"seconds": 10**400}, {"unseen_fraction": "0.2"}
+        wrong += {"seconds": float("nan")}, {"started": float("nan")}
+        damaged = [json.dumps(record | change) for change in wrong]
+        for content in None, "", "{", "[]", "{}", *damaged:
             folder = self.folder / "runs" / "x"
             folder.mkdir(parents=True, exist_ok=True)
             if content is not None:
@@ -4287,6 +4310,7 @@ class Use(Program):
             (r"its input size is \(32, '96'\)", {"image_width": "96"}),
             ("its hold-out fraction is 2", {"config": {"holdout_fraction": 2}}),
             ("'holdout_fraction'", {"config": {}}),
+            ("its hold-out fraction is -1", {"unseen_fraction": -1}),
         ):
             save_weights(self.model, alone, **facts)
             self.assert_line(
@@ -4378,6 +4402,7 @@ def a_record(**changes):
     measures |= {"threshold": 100 * best / 255, "IoU50": 77.7, "accuracy": 98.765}
     defaults = {"epochs": 50, "batch_size": 5, "image_height": 160, "image_width": 576}
     defaults |= {"l2": 0.001, "vgg": "downloaded", "weights": None, "xla": False}
+    defaults |= {"holdout_fraction": 0.1667}
     holdout = {
         "um_000001": {"category": "um", "IoU50": 90.5, "missed": 1.25, "false": 0.75},
         "uu_000002": {"category": "uu", "IoU50": 40.25, "missed": 33.5, "false": 2.5},
