@@ -1980,7 +1980,7 @@ class Prediction:
         try:
             with blaming(path, "a readable video", f"name {READABLE}"):
                 source = str(path.absolute())  # a colon would be a protocol
-                packets, seconds, end = read_packets(source)
+                packets, measured, seconds, end = read_packets(source)
                 # the same stream; no varying rate is evened out; and square pixels
                 which = ["-map", "0:V:0", "-fps_mode", "passthrough"]
                 # mp4's colours want an even width, which NTSC's would not have
@@ -1991,9 +1991,10 @@ class Prediction:
         except ProgramError as error:
             self.problems.append(str(error))
             return 0
-        rate = facts["fps"] or 25
-        if seconds > 1 and not 0.8 < packets / seconds / rate < 1.25:
-            rate = packets / seconds  # what the file states is a bound
+        hidden = facts["codec"].startswith("vp8")  # some packets show nothing
+        stated, rate = facts["fps"], measured or facts["fps"] or 25
+        if stated and abs(rate / stated - 1) < (0.25 if hidden else 0.01):
+            rate = stated  # where it is far off it is a bound, or a guess
         lost = seconds_lost(source, facts["duration"], end)
         cut = lost > 0.5 + 1 / rate
         expected = round((seconds + lost) * rate) if cut else packets
@@ -2007,8 +2008,8 @@ class Prediction:
             tinted = self.tinted(images, stage_depth(shape[0] * shape[1]))
             bar = tqdm(tinted, path.name, expected, unit="frame", disable=None)
             done = write_video(target, bar, facts["size"], rate)
-            if not cut and facts["codec"].startswith("vp8"):
-                expected = done  # some packets show nothing: none can be missed
+            if hidden and not cut:
+                expected = done  # none can be missed
             if done < expected:
                 missing = f"{expected - done} of {expected} frames are missing"
                 self.problems.append(f"{path}: {missing}: it is damaged or cut off")
@@ -2030,11 +2031,12 @@ class Prediction:
 
 
 def read_packets(path, *others):
-    """Return a video's frames, decodable or not, their seconds, and when all ends.
+    """Return a video's frames, decodable or not; their rate, seconds and end.
 
-    The end, in seconds, is the last of the video's and of `others`, streams as ffmpeg
-    names them. What was cut off without encoding anew is still in the file, marked as
-    discarded. Raises ValueError for a file without frames.
+    The rate is the mean, 0 for a single frame. The end, in seconds, is the last of the
+    video's and of `others`, streams as ffmpeg names them. What was cut off without
+    encoding anew is still in the file, marked as discarded. Raises ValueError for a
+    file without frames.
     """
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostats", "-i", path]
     for stream in "0:V:0", *others:
@@ -2050,9 +2052,12 @@ def read_packets(path, *others):
     units = re.findall(r"#tb (\d+): (\d+)/(\d+)", done.stdout)
     units = {stream: int(above) / int(below) for stream, above, below in units}
     starts, ends, last = [], [], 0.0
+    decoded = set()  # when: unlike `starts` in even steps where a part was cut off
     row = r"^(\d+), *(-?\d+), *(-?\d+), *(\d+),.*?(?:F=0x([0-9A-F]+)|$)"
     for found in re.finditer(row, done.stdout, re.MULTILINE):
         stream, dts, pts, length, flags = found.groups()
+        if stream == "0":
+            decoded.add(int(dts))
         if int(flags or "0", 16) & 4:  # AV_PKT_FLAG_DISCARD
             continue
         start = int(pts) if int(pts) > -(2**62) else int(dts)  # it may have none
@@ -2067,7 +2072,9 @@ def read_packets(path, *others):
     start = re.search(r"Duration: .*, start: (-?[\d.]+)", done.stderr)
     if start and "Input #0, matroska" in done.stderr:
         last += float(start[1])
-    return len(starts), (max(ends) - min(starts)) * units["0"], last
+    span = (max(decoded) - min(decoded)) * units["0"]
+    rate = (len(decoded) - 1) / span if span else 0
+    return len(starts), rate, (max(ends) - min(starts)) * units["0"], last
 
 
 def seconds_lost(path, stated, end):

@@ -4152,6 +4152,8 @@ class Use(Program):
             for name, offset in offsets.items()
         ]
         (self.folder / "joined.ts").write_bytes(b"".join(parts))
+        jitter = r"settb=1/1000,setpts=N*40+mod(N*7\,5) -enc_time_base 1:1000"
+        early = r"if(eq(NEXT_PTS\,PTS)\,PTS-39\,PTS)"  # those right after the last
         trim = "-ss 5 -i film.mp4 -t 6 -c copy"  # from the key frame before on
         for name, rate, arguments in (
             ("few.mp4", 5, "video:5:2"),  # whose B-frames are a large part of it
@@ -4159,7 +4161,10 @@ class Use(Program):
             ("sound.mp4", 10, "video:10:2 sound:4"),
             ("late.mkv", 10, "-itsoffset 2 -i still.mp4 -c copy"),
             ("two.mkv", 10, "video:10:2 video:10:4 -map 0 -map 1"),
+            ("bound.mkv", 20.15, r"video:25:4 -vf select=mod(n+1\,5) -fps_mode vfr"),
+            ("jitter.webm", 24.99, f"video:28:3 -vf {jitter} -fps_mode passthrough"),
             ("hidden.webm", 25, f"{vp8} -pass 2"),  # some of its packets show nothing
+            ("vpxenc.webm", 25, f"-i hidden.webm -c copy -bsf:v setts=ts={early}"),
             ("trimmed.mp4", 10, trim),
             ("trimmed.mkv", 10, trim),
             ("trimmed.ts", 10, trim),
@@ -4236,7 +4241,7 @@ class Use(Program):
         saved = os.dup(0)
         try:
             os.dup2(inbox, 0)
-            self.assertEqual(helper.read_packets("drive.mp4"), (1, 1, 1))
+            self.assertEqual(helper.read_packets("drive.mp4"), (1, 0, 1, 1))
         finally:
             os.dup2(saved, 0)
             os.close(saved)
