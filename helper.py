@@ -498,11 +498,15 @@ def _lock_name(path):
 
 def _lock(name, path, wait):
     """Return the file `name`, open and locked, which keeps others off `path`."""
-    while True:
+    for attempt in itertools.count():
         lock = open(name, "w")  # noqa: SIM115 (whoever closes it gives up the lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait and attempt < 3:
+                lock.close()
+                time.sleep(0.1)  # for is_locked it is held for a moment
+                continue
             if not wait:
                 raise ProgramError(
                     f"{path.parent}: another program works on this run: let it end"
@@ -1224,21 +1228,30 @@ class Split(NamedTuple):
         """Return how many there are, as run.json says."""
         return {name: len(images) for name, images in self._asdict().items()}
 
-    def digest(self):
-        """Return a digest of all names, and of the images and labels themselves.
-
-        By it a resumed run, or another worker, knows its data. What the test images
-        hold is left out.
-        """
+    def digests(self):
+        """Return the Digests of the images and labels themselves, and of all names."""
         files = [path for sample in self.training + self.holdout for path in sample]
         names = "\n".join(path.name for path in [*files, *self.test])
         total = hashlib.sha256(names.encode(errors="surrogateescape"))
         contents = ahead(file_digest, files)
-        for content in tqdm(
-            contents, "checksums", len(files), unit="file", disable=None
-        ):
-            total.update(content)
-        return total.hexdigest()[:16]
+        bar = tqdm(contents, "checksums", len(files), unit="file", disable=None)
+        contents = list(bar)
+        total.update(b"".join(contents))
+        images = [content.hex()[:16] for content in contents[::2]]
+        trained = len(self.training)
+        return Digests(total.hexdigest()[:16], images[:trained], images[trained:])
+
+
+class Digests(NamedTuple):
+    """What a data set is known by: as a whole, and each image of it.
+
+    By the whole a resumed run, or another worker, knows its data; what the test images
+    hold is left out.
+    """
+
+    whole: str
+    training: list[str]
+    holdout: list[str]
 
 
 def file_digest(path):
@@ -2417,6 +2430,7 @@ CHECKPOINTS = "checkpoint"  # likewise
 FRAMES = "frames"  # in there: of progress.gif
 NOT_RECORDED = "resume", "predict", "export"  # settings that are none of a run
 FACTS = "fcn8s"  # the attribute of a weight file that says what it is
+SEEN = "seen"  # the data set in it that says what images it was trained on
 
 
 def read_run(run_dir):
@@ -2426,25 +2440,25 @@ def read_run(run_dir):
     """
     path = run_dir / "run.json"
     with blaming(path, "the record of a run", "name another folder"):
-        missing = {"trained": False, "seconds": 0.0, "unseen_fraction": 1.0}
+        missing = {"trained": False, "seconds": 0.0, "seen_before": []}
         record = missing | json.loads(path.read_text())
         kinds = {
             "finished": bool,
             "trained": bool,
             "seconds": (int, float),
-            "unseen_fraction": (int, float),
             "config": dict,
             "device": dict,
             "images": str,
         }
-        kinds |= {"data": dict, "history": list, "resumed": list}
+        kinds |= {"data": dict, "history": list, "resumed": list, "seen_before": list}
         for name, kind in kinds.items():
             if not isinstance(record.get(name), kind):
                 raise TypeError(f"{name} is {record.get(name)!r}")
         for number, epoch in enumerate(record["history"], start=1):
             check_epoch(epoch, number)
-        if not all(type(step) is int for step in record["resumed"]):
-            raise ValueError(f"resumed is {record['resumed']!r}")
+        for name, kind in ("resumed", int), ("seen_before", str):
+            if not all(type(item) is kind for item in record[name]):
+                raise ValueError(f"{name} is {record[name]!r}")
         if not 0 <= record["seconds"] < 1e9:
             raise ValueError(f"seconds is {record['seconds']!r}")
         json.dumps(record, allow_nan=False)  # or it could not be written again
@@ -2571,14 +2585,16 @@ def open_run(config, network, split, device):
     workers only the chief writes. Raises ProgramError while another program is at work
     there.
     """
-    digest = split.digest()  # before there is a folder: it may be stopped, or fail
+    # before there is a folder: these may be stopped, or fail
+    digests = split.digests()
+    seen = [] if config.resume or not config.weights else read_seen(config.weights)
     if not device.chief:
         path = config.resume or config.runs_dir
-        yield Run(path, config, network, split, digest, device)
+        yield Run(path, config, network, split, digests, seen, device)
         return
     path = config.resume or new_folder(config.runs_dir, config.name)
     with locked(path / CHECKPOINTS / "run", wait=False):
-        run = Run(path, config, network, split, digest, device)
+        run = Run(path, config, network, split, digests, seen, device)
         try:
             if not config.resume:  # there the checkpoint has to be accepted first
                 run.write()
@@ -2596,11 +2612,11 @@ class Run:
     Of several workers only the chief writes.
     """
 
-    def __init__(self, path, config, network, split, digest, device):
+    def __init__(self, path, config, network, split, digests, seen, device):
         self.path, self.config, self.network = path, config, network
-        self.split, self.digest, self.device = split, digest, device
+        self.split, self.digests, self.device = split, digests, device
         self.record = {"finished": False, "trained": False, "seconds": 0.0}
-        self.record |= {"resumed": [], "history": []}
+        self.record |= {"resumed": [], "history": [], "seen_before": seen}
         if config.resume:
             self.take_up()
         self.record |= self.facts() | {"scores": {}, "curves": {}, "holdout": {}}
@@ -2631,7 +2647,7 @@ class Run:
         with blaming(self.path, "a run of this network", "begin a new one"):
             check_network(record, self.network)
         counts = self.split.counts()
-        same = (record["data"], record["images"]) == (counts, self.digest)
+        same = (record["data"], record["images"]) == (counts, self.digests.whole)
         if self.has_weights and not same:  # else it begins anew
             other = " of other names or content" if record["data"] == counts else ""
             raise ProgramError(
@@ -2669,20 +2685,15 @@ class Run:
             "network": self.network,
             "device": self.device.facts(),
             "data": self.split.counts(),
-            "images": self.digest,
-            "unseen_fraction": self.unseen_fraction(),
+            "images": self.digests.whole,
+            "seen_holdout": sum(x in self.seen() for x in self.digests.holdout),
             "versions": {each.__name__: each.__version__ for each in packages},
         }
 
-    def unseen_fraction(self):
-        """Return the fraction that is held out here and was so before, if ever.
-
-        On the rest of the hold-out the weights at the start may have been trained.
-        """
-        fraction = self.record.get("unseen_fraction", 1)  # of the run that is resumed
-        if self.config.weights and not self.config.resume:
-            _, fraction = read_weights_settings(self.config.weights, self.network)
-        return min(fraction, self.config.holdout_fraction)
+    def seen(self):
+        """Return the digests of all images that the weights were trained on."""
+        training = self.digests.training if self.config.epochs else ()
+        return {*self.record["seen_before"], *training}
 
     def begin(self, state, predictor, total_steps):
         """Take up `state`; where the run is resumed, as it was left."""
@@ -2709,8 +2720,8 @@ class Run:
         if self.device.chief:
             if self.config.resume:
                 self.note_resuming(step)
-            if may_flatter(self.record):
-                print(f"hold-out: {FLATTERING}")
+            if flattering := flattery(self.record):
+                print(f"hold-out: {flattering}")
             print(f"the run is in {self.path}; watch index.html there")
 
     def make_room(self):
@@ -2727,7 +2738,7 @@ class Run:
         shared = {k: v for k, v in config.items() if not isinstance(v, Path)}
         shared |= {"vgg": config["vgg"] == "random", "checkpoint_minutes": None}
         shared |= self.device.facts() | {"name": None} | self.split.counts()
-        shared |= {"images": self.digest}
+        shared |= {"images": self.digests.whole}
         variables = self.state.model.trainable_variables
         weights = sum(zlib.crc32(w.numpy()) for w in variables)
         return shared | {"weights": weights, "step": step}
@@ -2823,10 +2834,9 @@ class Run:
         """Write the weights as they are now, with what they are of."""
         facts = {"image_height": self.config.image_height}
         facts |= {"image_width": self.config.image_width}
-        names = "network", "config", "unseen_fraction", "versions"
-        facts |= {name: self.record[name] for name in names}
+        facts |= {name: self.record[name] for name in ("network", "config", "versions")}
         facts |= {"run": self.path.name, "step": int(self.state.step.numpy())}
-        write_weights(self.state.model, self.path / WEIGHTS, facts)
+        write_weights(self.state.model, self.path / WEIGHTS, facts, self.seen())
 
     def score(self):
         """Score the hold-out, and record and print its scores."""
@@ -2841,7 +2851,8 @@ class Run:
         self.write()
         if self.record["scores"]:
             measures = self.record["scores"]["image"]["urban"]
-            print(f"hold-out: MaxF {measures['MaxF']:.2f}, IoU {measures['IoU']:.2f}")
+            line = f"hold-out: MaxF {measures['MaxF']:.2f}, IoU {measures['IoU']:.2f}"
+            print("; ".join(filter(None, [line, flattery(self.record)])))
         if self.config.submission:
             print(f"for the benchmark's server: {self.path / 'submission.zip'}")
         images = count_of(len(self.split.test), "segmented test image")
@@ -2929,8 +2940,11 @@ def check_finite(model):
             raise ValueError(f"{weights.path} is not finite")
 
 
-def write_weights(model, path, facts):
-    """Write the weights of `model` with `facts`, what they are of, all or nothing."""
+def write_weights(model, path, facts, seen):
+    """Write the weights of `model`, all or nothing.
+
+    With them go `facts`, what they are of, and the digests of the images `seen`.
+    """
     size = 4 * model.count_params() + 10**6
     need_space(path.parent, size, "saving the weights")  # HDF5 may crash on a full disk
     print(f"writing {path.name}: {size / 1e6:,.0f} MB")
@@ -2939,6 +2953,7 @@ def write_weights(model, path, facts):
             model.save_weights(part)
             with h5py.File(part, "r+") as file:
                 file.attrs[FACTS] = json.dumps(facts, default=str)
+                file[SEEN] = np.array(sorted(seen), "S16")
         except OSError as error:  # h5py's has two lines
             reason = " ".join(str(error.strerror or error).split())
             raise ProgramError(
@@ -2961,11 +2976,10 @@ def find_weights(path):
 
 
 def read_weights_settings(path, network):
-    """Return what the weights at `path` were trained with, and what they never saw.
+    """Return what the weights at `path` were trained with, as settings.
 
-    That are settings, the input size and the hold-out fraction; and the fraction that
-    no training before has seen either. Raises ProgramError for a file that does not
-    say them, or of another network.
+    That is the input size and the hold-out fraction. Raises ProgramError for a file
+    that does not say them, or of another network.
     """
     path = find_weights(path)
     advice = f"name the {WEIGHTS} of a run of this version, or train one"
@@ -2977,12 +2991,21 @@ def read_weights_settings(path, network):
         shape = facts["image_height"], facts["image_width"]
         if not all(type(side) is int and side > 0 and side % 32 == 0 for side in shape):
             raise ValueError(f"its input size is {shape}")
-        fractions = facts["config"]["holdout_fraction"], facts["unseen_fraction"]
-        for fraction in fractions:
-            if type(fraction) not in (int, float) or not 0 <= fraction < 1:
-                raise ValueError(f"its hold-out fraction is {fraction}")
+        fraction = facts["config"]["holdout_fraction"]
+        if type(fraction) not in (int, float) or not 0 <= fraction < 1:
+            raise ValueError(f"its hold-out fraction is {fraction}")
         settings = {"image_height": shape[0], "image_width": shape[1]}
-        return settings | {"holdout_fraction": fractions[0]}, fractions[1]
+        return settings | {"holdout_fraction": fraction}
+
+
+def read_seen(path):
+    """Return the digests of the images that the weights at `path` were trained on."""
+    path = find_weights(path)
+    advice = f"name the {WEIGHTS} of a run of this version, or train one"
+    with blaming(path, "weights of this FCN-8s", advice), h5py.File(path) as file:
+        if SEEN not in file:
+            raise ValueError("it does not say which images it was trained on")
+        return file[SEEN].asstr()[()].tolist()
 
 
 def load_weights(model, path):
@@ -3083,10 +3106,6 @@ PLANE_NOTES = {
     "bev": "The road from above, 20 m wide and 6 to 46 m ahead, in cells of 5 cm: the "
     "view of the benchmark's table, where far road counts as much as near road.",
 }
-FLATTERING = (
-    "the weights at its start may have been trained on some of these images, then the "
-    "scores flatter"
-)
 STATES = "running", "stopped", "failed", "finished"
 RELOAD = 30  # seconds, while a run is running
 PAGE = """<!doctype html>
@@ -3191,9 +3210,12 @@ def state_of(record):
     return state if state in STATES else STATES[3 if record["finished"] else 1]
 
 
-def may_flatter(record):
-    """Return whether images may be scored that the run's weights were trained on."""
-    return record.get("unseen_fraction", 1) < record["config"]["holdout_fraction"]
+def flattery(record):
+    """Return a remark on scores of images that were trained on; "" if none was."""
+    if not record.get("seen_holdout"):
+        return ""
+    seen, total = record["seen_holdout"], record["data"]["holdout"]
+    return f"{seen} of the {total} images were trained on too: the scores flatter"
 
 
 def latest_measures(record):
@@ -3205,7 +3227,7 @@ def latest_measures(record):
         measures = record["history"][-1]
     else:
         return {}, "no hold-out image is scored"
-    return measures, source + f"; {FLATTERING}" * may_flatter(record)
+    return measures, "; ".join(filter(None, [source, flattery(record)]))
 
 
 def differing(record):
@@ -3552,17 +3574,18 @@ NO_REMARK |= {"data_dir", "runs_dir", "name"}  # where, not how
 
 def overview_row(path):
     """Return when a run started and its cells; raises whatever a damage leads to."""
+    at_work = is_locked(path / CHECKPOINTS / "run")  # first: the lock goes last
     record = read_run(path)
     config, state = record["config"], state_of(record)
-    if state == "running" and not is_locked(path / CHECKPOINTS / "run"):
+    if state == "running" and not at_work:
         state = "stopped"  # by a kill or a power cut, which its record cannot know
     measures, _ = latest_measures(record)
     unsure = "" if "AP" in measures else "~"
     done, vgg = len(record["history"]), {"downloaded": "VGG-16"}
     changed = [name for name in differing(record) if name not in NO_REMARK]
     changed = [f"{shown(name)} {shown(config[name])}" for name in changed]
-    if measures and may_flatter(record):
-        changed.append("scores may flatter")
+    if measures and flattery(record):
+        changed.append("scores flatter")
     started = str(record.get("started") or "")
     cells = [
         f'<a href="{link(path / "index.html", path.parent)}">{shown(path.name)}</a>',

@@ -186,7 +186,7 @@ def parse(argv):
     if "weights" in given and parsed["vgg"] not in (None, *NO_FILE):
         parser.error("--weights replaces VGG-16 too: leave --vgg out")
     if "weights" in given:
-        settings, _ = helper.read_weights_settings(parsed["weights"], NETWORK)
+        settings = helper.read_weights_settings(parsed["weights"], NETWORK)
         parser.set_defaults(**settings)
     if "resume" in given:
         parser.set_defaults(**recorded_settings(parsed["resume"]))

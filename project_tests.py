@@ -2109,11 +2109,10 @@ class Scores(Case):
 def save_weights(model, path, **facts):
     """Write a weight file as a run does."""
     size = {"image_height": 32, "image_width": 96}
-    fraction = {"holdout_fraction": 0.1667}
-    known = {"network": main.NETWORK, "config": fraction, "unseen_fraction": 0.1667}
-    facts = size | known | facts
+    config = {"holdout_fraction": 0.1667}
+    facts = size | {"network": main.NETWORK, "config": config} | facts
     with contextlib.redirect_stdout(io.StringIO()):
-        helper.write_weights(model, path, facts)
+        helper.write_weights(model, path, facts, seen=[])
 
 
 def scored(maxf):
@@ -3097,25 +3096,54 @@ class Resume(Program):
         self.assertNotIn("flatter", output)
 
     def test_scores_of_images_that_were_trained_on_say_so_for_ever(self):
-        start = self.reuse("--holdout-fraction", 0)
-        grown = "--holdout-fraction", 0.4, "--weights"
-        stopped = self.stopped(4, self.main, *grown, start)
-        second = self.run_dirs()[-1]
+        start = self.reuse("--holdout-fraction", 0)  # on all 18
+        more = "--holdout-fraction", 0.4, "--weights", start
+        results = [self.stopped(4, self.main, *more)]
         shutil.rmtree(start)
-        resumed = self.resume()
-        third = self.main("--weights", second, "--epochs", 0)
-        fourth = self.main("--weights", self.run_dirs()[-1], "--epochs", 0)
-        for code, output, _ in stopped, resumed, third, fourth:
-            self.assertIn(code, (0, 143))
-            self.assertIn(f"hold-out: {helper.FLATTERING}\n", output)
-        self.assertEqual(self.record()["config"]["holdout_fraction"], 0.4)
-        for run_dir in self.run_dirs():
-            page = Elements((run_dir / "index.html").read_text())
-            self.assertEqual(page.text.count(helper.FLATTERING), 1)
+        results.append(self.resume())
+        path = next(self.folder.glob("data/data_road/training/image_2/uu_*5.png"))
+        helper.save_image(255 - helper.read_image(path), path)  # which nobody has seen
+        results.append(self.main("--weights", *self.run_dirs(), "--epochs", 1))
+        results.append(self.main("--weights", self.run_dirs()[-1], "--epochs", 0))
+        counts = ["6 of the 6", "6 of the 6", "5 of the 6", "5 of the 6"]
+        for (code, output, errors), count in zip(results, counts, strict=True):
+            self.assertIn(code, (0, 143), errors)
+            said = f"{count} images were trained on too: the scores flatter"
+            self.assertIn(f"hold-out: {said}\n", output)
+            if code == 0:
+                self.assertRegex(output, f"hold-out: MaxF .*; {said}\n")
+                text = (self.run_dirs()[-1] / "index.html").read_text()
+        for run_dir, count in zip(self.run_dirs(), counts[1:], strict=True):
+            text = Elements((run_dir / "index.html").read_text()).text
+            self.assertEqual(text.count(f"{count} images were trained on too"), 1)
         overview = Elements((self.folder / "runs/index.html").read_text())
-        self.assertEqual(overview.text.count("scores may flatter"), 3)
-        _, output, _ = self.main("--weights", self.reuse(), "--epochs", 0)
+        self.assertEqual(overview.text.count("scores flatter"), 3)
+
+    def test_where_the_data_change_what_is_held_out_may_have_been_trained_on(self):
+        start = self.reuse()
+        for path in self.folder.glob("data/data_road/training/*/um_*05.png"):
+            path.unlink()  # it was held out; now the one before is
+        _, output, _ = self.main("--weights", start, "--epochs", 0)
+        self.assertIn("hold-out: 1 of the 3 images were trained on too", output)
+
+    def test_weights_that_learned_nothing_have_seen_nothing(self):
+        self.main("--epochs", 0)
+        first = self.run_dirs()[-1]
+        self.assertEqual(helper.read_seen(first), [])
+        _, output, _ = self.main("--weights", first, "--holdout-fraction", 0.4)
         self.assertNotIn("flatter", output)
+        seen = helper.read_seen(self.run_dirs()[-1])
+        images = self.folder.glob("data/data_road/training/image_2/*[0-3].png")
+        contents = [hashlib.sha256(path.read_bytes()) for path in images]
+        self.assertEqual(seen, sorted(c.hexdigest()[:16] for c in contents))
+        path = self.folder / "without.weights.h5"
+        shutil.copy(first / "fcn8s.weights.h5", path)
+        with h5py.File(path, "r+") as file:
+            del file["seen"]
+        before = self.run_dirs()
+        result = self.main("--weights", path, "--epochs", 0)
+        self.assert_line(result, "it does not say which images it was trained on")
+        self.assertEqual(self.run_dirs(), before)
 
     def test_a_signal_that_something_swallows_is_not_lost(self):
         self.patch(helper, "SAME_SIGNAL", 0)
@@ -3218,11 +3246,14 @@ class Resume(Program):
         run_dir = self.reuse(until=4)
         with helper.locked(run_dir / "checkpoint" / "run"):
             self.assert_line(self.resume(), "another program works on this run")
-        self.assertEqual(self.resume()[0], 0)
+        with open(run_dir / "checkpoint" / ".run.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)  # as another program looks at it
+            self.patch(time, "sleep", lambda seconds: lock.close())
+            self.assertEqual(self.resume()[0], 0)
 
     def test_what_is_no_run_is_named(self):
         record = a_record(finished=False)
-        wrong = {"seconds": 10**400}, {"unseen_fraction": "0.2"}
+        wrong = {"seconds": 10**400}, {"seen_before": "0a"}, {"seen_before": [[]]}
         wrong += {"seconds": float("nan")}, {"started": float("nan")}
         damaged = [json.dumps(record | change) for change in wrong]
         for content in None, "", "{", "[]", "{}", *damaged:
@@ -4315,7 +4346,6 @@ class Use(Program):
             (r"its input size is \(32, '96'\)", {"image_width": "96"}),
             ("its hold-out fraction is 2", {"config": {"holdout_fraction": 2}}),
             ("'holdout_fraction'", {"config": {}}),
-            ("its hold-out fraction is -1", {"unseen_fraction": -1}),
         ):
             save_weights(self.model, alone, **facts)
             self.assert_line(
@@ -4810,6 +4840,22 @@ class Overview(Folder):
         self.assertEqual(states, {"killed": "stopped", "copied": "stopped"})
         self.assertTrue(lock.exists())
 
+    def test_a_run_that_ends_while_it_is_looked_at_is_not_called_stopped(self):
+        record, read = a_record(state="running", finished=False), helper.read_run
+        self.write("at work", record)
+        lock = helper.locked(self.folder.parent / "at work/checkpoint/run")
+        lock.__enter__()
+
+        def end_after(path):
+            before = read(path)
+            self.write("at work", a_record())
+            lock.__exit__(None, None, None)
+            return before
+
+        with mock.patch.object(helper, "read_run", end_after):
+            self.assertEqual(self.rows()[0][0][1], "running")
+        self.assertEqual(self.rows()[0][0][1], "finished")
+
     def test_a_damaged_record_is_a_grey_row(self):
         whole = json.dumps(a_record())
         texts = ["", "{", "[]", "null", "3", '"x"', "{}", "[" * 10**5, whole[:-9]]
@@ -5089,7 +5135,7 @@ project_tests.play(began, imported)
 """
 STAGES = {  # of the default job: what is waited for, and whose time it is
     "looking at the test images": (helper, "check_tests"),
-    "checksums": (helper.Split, "digest"),
+    "checksums": (helper.Split, "digests"),
     "decoding": (helper, "gen_batch_function"),
     "building and loading VGG-16": (main, "fcn8s"),
     "the optimizer's state": (main, "optimize"),
