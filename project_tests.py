@@ -2201,7 +2201,7 @@ class Program(Case):
 
         with h5py.File(run_dir / "fcn8s.weights.h5") as file:
             file.visititems(keep)
-        self.assertEqual(len(weights), 15)
+        self.assertEqual(len(weights), 15 + 1)  # and what images they have seen
         record = json.loads((run_dir / "run.json").read_text())
         self.assertTrue(record["finished"])
         self.assertFalse((run_dir / "checkpoint").exists())
