@@ -2676,6 +2676,7 @@ class Run:
         if self.config.resume:  # what was asked for, not what it came to
             config["precision"] = self.record["config"].get("precision", "auto")
         packages = tf, keras, np, PIL, imageio_ffmpeg
+        seen = self.seen()
         return {
             "state": "running",
             "started": self.record.get("started", now()),
@@ -2686,7 +2687,7 @@ class Run:
             "device": self.device.facts(),
             "data": self.split.counts(),
             "images": self.digests.whole,
-            "seen_holdout": sum(x in self.seen() for x in self.digests.holdout),
+            "seen_holdout": sum(digest in seen for digest in self.digests.holdout),
             "versions": {each.__name__: each.__version__ for each in packages},
         }
 
@@ -2975,15 +2976,22 @@ def find_weights(path):
     return found
 
 
+@contextlib.contextmanager
+def open_weights(path):
+    """Yield the weight file that --weights names; raise ProgramError for a wrong one."""
+    path = find_weights(path)
+    advice = f"name the {WEIGHTS} of a run of this version, or train one"
+    with blaming(path, "weights of this FCN-8s", advice), h5py.File(path) as file:
+        yield file
+
+
 def read_weights_settings(path, network):
     """Return what the weights at `path` were trained with, as settings.
 
     That is the input size and the hold-out fraction. Raises ProgramError for a file
     that does not say them, or of another network.
     """
-    path = find_weights(path)
-    advice = f"name the {WEIGHTS} of a run of this version, or train one"
-    with blaming(path, "weights of this FCN-8s", advice), h5py.File(path) as file:
+    with open_weights(path) as file:
         if FACTS not in file.attrs:
             raise ValueError("it does not say its input size and network")
         facts = json.loads(file.attrs[FACTS])
@@ -3000,9 +3008,7 @@ def read_weights_settings(path, network):
 
 def read_seen(path):
     """Return the digests of the images that the weights at `path` were trained on."""
-    path = find_weights(path)
-    advice = f"name the {WEIGHTS} of a run of this version, or train one"
-    with blaming(path, "weights of this FCN-8s", advice), h5py.File(path) as file:
+    with open_weights(path) as file:
         if SEEN not in file:
             raise ValueError("it does not say which images it was trained on")
         return file[SEEN].asstr()[()].tolist()

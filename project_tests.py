@@ -3112,12 +3112,12 @@ class Resume(Program):
             self.assertIn(f"hold-out: {said}\n", output)
             if code == 0:
                 self.assertRegex(output, f"hold-out: MaxF .*; {said}\n")
-                text = (self.run_dirs()[-1] / "index.html").read_text()
         for run_dir, count in zip(self.run_dirs(), counts[1:], strict=True):
             text = Elements((run_dir / "index.html").read_text()).text
             self.assertEqual(text.count(f"{count} images were trained on too"), 1)
         overview = Elements((self.folder / "runs/index.html").read_text())
         self.assertEqual(overview.text.count("scores flatter"), 3)
+        self.assertEqual(self.record()["config"]["holdout_fraction"], 0.4)
 
     def test_where_the_data_change_what_is_held_out_may_have_been_trained_on(self):
         start = self.reuse()
@@ -4437,7 +4437,6 @@ def a_record(**changes):
     measures |= {"threshold": 100 * best / 255, "IoU50": 77.7, "accuracy": 98.765}
     defaults = {"epochs": 50, "batch_size": 5, "image_height": 160, "image_width": 576}
     defaults |= {"l2": 0.001, "vgg": "downloaded", "weights": None, "xla": False}
-    defaults |= {"holdout_fraction": 0.1667}
     holdout = {
         "um_000001": {"category": "um", "IoU50": 90.5, "missed": 1.25, "false": 0.75},
         "uu_000002": {"category": "uu", "IoU50": 40.25, "missed": 33.5, "false": 2.5},
