@@ -503,16 +503,17 @@ def _lock(name, path, wait):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not wait and attempt < 3:
+            if wait:
+                print(f"{path}: another program is making it, waiting for that one")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            elif attempt < 3:
                 lock.close()
                 time.sleep(0.1)  # for is_locked it is held for a moment
                 continue
-            if not wait:
+            else:
                 raise ProgramError(
                     f"{path.parent}: another program works on this run: let it end"
                 ) from None
-            print(f"{path}: another program is making it, waiting for that one")
-            fcntl.flock(lock, fcntl.LOCK_EX)
         if _is_at(lock, name):
             return lock
         lock.close()  # of a file that its holder has removed
