@@ -2012,14 +2012,21 @@ class Prediction:
         lost = seconds_lost(source, facts["duration"], end)
         cut = lost > 0.5 + 1 / rate
         expected = round((seconds + lost) * rate) if cut else packets
-        shape = *facts["size"][::-1], 3
-        images = (
-            (path, np.frombuffer(frame, np.uint8).reshape(shape))
-            for frame in itertools.chain([first], frames)
-        )
+        width, height = facts["size"]
+
+        def images():
+            try:
+                for frame in itertools.chain([first], frames):
+                    pixels = np.frombuffer(frame, np.uint8)
+                    yield path, pixels.reshape(height, width, 3)
+            except RuntimeError:  # of imageio_ffmpeg
+                self.problems.append(f"{path}: it breaks off in the middle of a frame")
+
         with contextlib.closing(frames), self.writing(path):
             target = self.folder / self.names[path]
-            tinted = self.tinted(images, stage_depth(shape[0] * shape[1]))
+            depth = stage_depth(width * height)
+            segmented = segment(self.predictor, images(), depth)
+            tinted = ahead(self.tint, segmented, depth)
             bar = tqdm(tinted, path.name, expected, unit="frame", disable=None)
             done = write_video(target, bar, facts["size"], rate)
             if hidden and not cut:
@@ -2029,14 +2036,6 @@ class Prediction:
                 self.problems.append(f"{path}: {missing}: it is damaged or cut off")
             return done
         return 0
-
-    def tinted(self, images, depth):
-        """Yield the overlays of (path, image); end where one breaks off."""
-        segmented = segment(self.predictor, images, depth)
-        try:
-            yield from ahead(self.tint, segmented, depth)
-        except RuntimeError as error:  # of imageio_ffmpeg, in the middle of a frame
-            self.problems.append(first_line(error))
 
     def tint(self, sample):
         """Return the overlay of (path, image, road)."""

@@ -4133,6 +4133,20 @@ class Use(Program):
             kept = helper.read_packets(str(self.out() / "cut.mp4"))[0]
             self.assertEqual(kept, 60 - missing)
 
+    def test_a_video_that_breaks_off_keeps_all_frames_before(self):
+        path, read = self.video(self.folder / "drive.mp4"), imageio_ffmpeg.read_frames
+
+        def breaking(*args, **kwargs):
+            """Give the facts and 20 frames, and fail as where ffmpeg is killed."""
+            yield from itertools.islice(read(*args, **kwargs), 21)
+            raise RuntimeError("Could not read frame 20:\nRead 8 bytes")
+
+        self.patch(imageio_ffmpeg, "read_frames", breaking)
+        said = "drive.mp4: it breaks off in .* a frame; .* 10 of 30 frames are missing"
+        self.assert_line(self.use("--predict", path), said)
+        kept = helper.read_packets(str(self.out() / "drive.mp4"))[0]
+        self.assertEqual(kept, 20)
+
     def test_a_video_that_ffmpeg_leaves_half_written_is_not_kept(self):
         path, write = self.video(self.folder / "drive.mp4"), imageio_ffmpeg.write_frames
 
