@@ -762,7 +762,7 @@ def host():
 def free_memory():
     """Return the bytes that the system can still give, infinity if none can tell."""
     limits = [np.inf]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, TypeError):  # where it does not say
         text = Path("/proc/meminfo").read_text()
         limits.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1]))
     group = Path("/sys/fs/cgroup")  # of a container; "max" is no limit

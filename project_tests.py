@@ -3827,7 +3827,10 @@ class Devices(Program):
         (self.folder / "proc").mkdir()
         self.patch(helper, "Path", lambda path: self.folder / path.lstrip("/"))
         self.assertEqual(helper.free_memory(), np.inf)
-        meminfo = "MemTotal:        9000 kB\nMemAvailable:    4000 kB\n"
+        meminfo = "MemTotal:        9000 kB\n"
+        (self.folder / "proc/meminfo").write_text(meminfo)
+        self.assertEqual(helper.free_memory(), np.inf)
+        meminfo += "MemAvailable:    4000 kB\n"
         (self.folder / "proc/meminfo").write_text(meminfo)
         kinds = "anon 2500000\nfile 500000\ninactive_file 400000\nactive_file 100000\n"
         (group / "memory.stat").write_text(kinds)
