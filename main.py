@@ -50,9 +50,10 @@ class Range(NamedTuple):
             value = float("nan")  # which is in no range
         if self.low <= value <= self.high and not (self.step and value % self.step):
             return value
-        multiple = f"a multiple of {self.step}" if self.step else kind.__name__
+        what = "a whole number" if kind is int else "a number"
+        what = f"a multiple of {self.step}" if self.step else what
         raise argparse.ArgumentTypeError(
-            f"{text} is not {multiple} in [{self.low}, {self.high}]"
+            f"{text} is not {what} in [{self.low}, {self.high}]"
         )
 
 

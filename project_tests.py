@@ -2401,6 +2401,8 @@ class Run(Program):
         self.assert_refused(
             2, "--epochs", "\x1b[2J\n3", said=r"--epochs: \\x1b\[2J 3 is"
         )
+        self.assert_refused(2, "--epochs=1.5", said=r" 1.5 is not a whole number in \[")
+        self.assert_refused(2, "--l2=2", said=r" 2 is not a number in \[0, 1\]")
 
     def test_bad_data_ends_with_one_line_and_no_run(self):
         training = self.folder / "data" / "data_road" / "training"
