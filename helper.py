@@ -1840,13 +1840,13 @@ def save_inference_samples(run_dir, predictor, image_paths, submission=False):
                 archive.writestr(road_name(path), view)
 
 
-def find_inputs(paths, problems):
-    """Return the images and videos of `paths`, which are files and folders.
+def find_inputs(paths):
+    """Return the images and videos of `paths`, and what cannot be used, as text.
 
-    What cannot be used goes to `problems`, as text. Folders in folders and hidden files
-    are left alone.
+    `paths` are files and folders; folders in folders and hidden files are left alone.
+    Raises ProgramError where nothing can be used.
     """
-    found = {}  # as an ordered set
+    found, problems = {}, []  # as an ordered set
     for path in paths:
         files = [path]
         if path.is_dir():
@@ -1871,7 +1871,9 @@ def find_inputs(paths, problems):
                 problems.append(f"{file}: not {READABLE}")
             else:
                 found[file] = None
-    return list(found)
+    if not found:
+        raise ProgramError("; ".join(problems))
+    return list(found), problems
 
 
 def name_outputs(files):
@@ -1893,18 +1895,15 @@ def name_outputs(files):
     return names
 
 
-def predict(paths, predictor, runs_dir, name=None):
-    """Write overlays of images, of folders' images and videos, and of videos.
+def predict(files, problems, predictor, runs_dir, name=None):
+    """Write overlays of the images and videos `files`.
 
     All go into a new folder in `runs_dir`: images under their own names, beside them
     confidence/, their road confidence in 8 bits; a video as mp4 of its size (in square
-    pixels), rate and number of frames. Raises ProgramError at the end for what could
-    not be used.
+    pixels), rate and number of frames. Raises ProgramError at the end for `problems`
+    and for what else could not be used.
     """
-    problems = []
-    names = name_outputs(find_inputs(paths, problems))
-    if not names:
-        raise ProgramError("; ".join(problems))
+    names = name_outputs(files)
     folder = new_folder(runs_dir, name, "-predict")
     prediction = Prediction(folder, predictor, names, problems)
     start = time.perf_counter()
@@ -2148,8 +2147,8 @@ def check_video(part, path, count):
         )
 
 
-def export(predictor, folder):
-    """Write a SavedModel: images (B, H, W, 3) uint8 to road (B, H, W)."""
+def check_export(folder):
+    """Raise ProgramError where no SavedModel can be."""
     if folder.exists():
         raise ProgramError(f"{folder}: exists: name a new folder with --export")
     if re.search(r"[\[\ud800-\udfff]", str(folder)):
@@ -2157,6 +2156,11 @@ def export(predictor, folder):
             f"{folder}: has a [ or is not UTF-8, so that TensorFlow could not load it: "
             "name another folder with --export"
         )
+
+
+def export(predictor, folder):
+    """Write a SavedModel: images (B, H, W, 3) uint8 to road (B, H, W)."""
+    check_export(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     size = 5 * predictor.model.count_params() + 10**6
     need_space(folder.parent, size, "the SavedModel")

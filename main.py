@@ -756,6 +756,11 @@ def run(config):
 def use(config):
     """Segment images with trained weights, or export them."""
     os.environ.pop("TF_CONFIG", None)  # no other worker is needed, or waited for
+    helper.check_name(config.name)
+    if config.export:
+        helper.check_export(config.export)
+    if config.predict:
+        files, problems = helper.find_inputs(config.predict)
     helper.prepare_device(config.precision)
     print("building the network")
     model = fcn8s(vgg_path=None, keep_prob=1)
@@ -764,7 +769,7 @@ def use(config):
     if config.export:
         helper.export(predictor, config.export)
     if config.predict:
-        helper.predict(config.predict, predictor, config.runs_dir, config.name)
+        helper.predict(files, problems, predictor, config.runs_dir, config.name)
 
 
 def main(argv=None):

@@ -4327,7 +4327,12 @@ class Use(Program):
             (self.weights.parent / "run.json", "run.json: not .png, .jpg, .jpeg or a"),
             (self.folder, "no .png, .jpg, .jpeg or a video"),
         ):
-            self.assert_line(self.use("--predict", path), re.escape(said))
+            result = self.use("--predict", path)
+            self.assert_line(result, re.escape(said))
+            self.assertNotIn("building", result[1])  # before anything takes time
+        result = self.use("--name=a/b", "--predict", self.pictures("a.png"))
+        self.assert_line(result, "--name a/b: not the plain name of a folder")
+        self.assertNotIn("building", result[1])
         self.assertEqual(list((self.folder / "out").glob("*")), [])
         for setting in "--demo", "--epochs=3", "--resume=runs":
             result = self.use("--predict", self.folder, setting)
@@ -4392,7 +4397,9 @@ class Use(Program):
             ours = loaded.signatures["serving_default"](tf.constant(images))["road"]
             np.testing.assert_array_equal(ours, predict_road(self.model, images))
             self.assertEqual(ours.dtype, tf.float32)
-        self.assert_line(self.export(folder), "saved: exists")
+        result = self.export(folder)
+        self.assert_line(result, "saved: exists")
+        self.assertNotIn("building", result[1])
 
 
 # ------------------------------------------------------------------------ report
