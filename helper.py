@@ -1701,15 +1701,6 @@ class Predictor:
         size = tf.shape(images)[1:3]
         return {"road": self.grow(self.network(self.shrink(images)), size)}
 
-    def road(self, images):
-        """Return the road probability (B, H, W) float32 of images (B, H, W, 3) uint8.
-
-        H and W are free.
-        """
-        with host():
-            images = tf.constant(images)
-        return self.serve(images)["road"]
-
     def shrunk(self, image):
         """Return an image (H, W, 3) uint8 as the network sees it, on the host."""
         with host():
@@ -2557,7 +2548,7 @@ def is_followed(epoch, epochs):
 
 def followed_frame(image, predictor, epoch):
     """Return what the network makes of `image` (h, w, 3) after an epoch, named."""
-    road = predictor.road(image[None])[0].numpy()
+    road = predictor.network(image[None]).numpy()[0]
     frame = Image.fromarray(overlay(image, road))
     size = max(frame.height // 10, 10)
     draw = ImageDraw.Draw(frame)

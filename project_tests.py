@@ -207,7 +207,8 @@ def predictor_of(model, image_shape=(32, 96), batch_size=5):
 
 def predict_road(model, images, image_shape=(32, 96)):
     """Return the road probability of images (B, H, W, 3)."""
-    return predictor_of(model, image_shape).road(images).numpy()
+    images = tf.constant(images)
+    return predictor_of(model, image_shape).serve(images)["road"].numpy()
 
 
 def save_overlays(folder, model, paths, batch_size):
@@ -5086,9 +5087,10 @@ def measure(began, times, *, batch_size, get_batches_fn, train_step, state, **_)
 
     image_shape = tuple(batch().shape[1:3])
     results["batch_s"] = seconds(batch, times)
-    images = np.zeros((batch_size, 375, 1242, 3), np.uint8)
-    predictor = helper.Predictor(state.model, image_shape, batch_size)
-    results["predict_s"] = seconds(lambda: predictor.road(images)[0, 0, 0], times)
+    with helper.host():
+        images = tf.zeros((batch_size, 375, 1242, 3), tf.uint8)
+    serve = helper.Predictor(state.model, image_shape).serve
+    results["predict_s"] = seconds(lambda: serve(images)["road"][0, 0, 0], times)
     dtype = keras.config.dtype_policy().compute_dtype
     rates = []
     for side in SIDES:
