@@ -2611,6 +2611,7 @@ class Run:
         self.path, self.config, self.network = path, config, network
         self.split, self.digests, self.device = split, digests, device
         self.record = {"finished": False, "trained": False, "seconds": 0.0}
+        self.record |= {"peak_memory": 0}
         self.record |= {"resumed": [], "history": [], "seen_before": seen}
         if config.resume:
             self.take_up()
@@ -2831,7 +2832,8 @@ class Run:
         facts = {"image_height": self.config.image_height}
         facts |= {"image_width": self.config.image_width}
         facts |= {name: self.record[name] for name in ("network", "config", "versions")}
-        facts |= {"run": self.path.name, "step": int(self.state.step.numpy())}
+        facts |= {"run": self.path.absolute().name}
+        facts |= {"step": int(self.state.step.numpy())}
         write_weights(self.state.model, self.path / WEIGHTS, facts, self.seen())
 
     def score(self):
@@ -2889,7 +2891,7 @@ class Run:
         self.record["updated"] = now()
         self.record["device"] = self.device.facts()  # XLA may have failed
         self.record["seconds"] = time.monotonic() - self.start
-        self.record["peak_memory"] = peak_memory()
+        self.record["peak_memory"] = max(self.record["peak_memory"], peak_memory())
         return json.dumps(self.record, indent=1, allow_nan=False, default=str)
 
     def wait_for_writer(self):
@@ -2906,10 +2908,11 @@ def now():
 
 def write_run(run_dir, text):
     """Write the record `text` as run.json, and the pages on it and on all runs."""
+    run_dir = Path(os.path.abspath(run_dir))  # "." has neither a name nor a parent
     with written(run_dir / "run.json", flush=True) as part:
-        part.write_text(text, "utf-8", "replace")
+        part.write_text(text)
     with decoration("index.html"), written(run_dir / "index.html") as part:
-        part.write_text(report(run_dir, json.loads(text)), "utf-8", "replace")
+        part.write_text(report(run_dir, json.loads(text)), "utf-8")
     write_overview(run_dir.parent)
 
 

@@ -3230,6 +3230,22 @@ class Resume(Program):
         # over the new length: half of the cosine after epoch 2, all of it after 3
         np.testing.assert_allclose(rates, [0.00123, 0.00123 / 2, 0], atol=1e-9)
 
+    def test_a_run_is_resumed_from_within_and_keeps_the_largest_peak_of_memory(self):
+        run_dir = self.reuse(until=4)
+        record = json.loads((run_dir / "run.json").read_text())
+        (run_dir / "run.json").write_text(json.dumps(record | {"peak_memory": 10**12}))
+        with contextlib.chdir(run_dir):
+            self.assertEqual(self.call("--resume", ".")[0], 0)
+        self.assertIn(
+            f"<title>Run {run_dir.name}: finished", (run_dir / "index.html").read_text()
+        )
+        self.assertIn(
+            f"{run_dir.name}</a>", (run_dir.parent / "index.html").read_text()
+        )
+        self.assertEqual(self.record()["peak_memory"], 10**12)
+        with h5py.File(run_dir / "fcn8s.weights.h5") as file:
+            self.assertEqual(json.loads(file.attrs["fcn8s"])["run"], run_dir.name)
+
     def test_a_record_without_a_setting_is_refused(self):
         path = self.reuse(until=4) / "run.json"
         record = json.loads(path.read_text())
