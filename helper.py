@@ -2435,27 +2435,28 @@ def read_run(run_dir):
     """
     path = run_dir / "run.json"
     with blaming(path, "the record of a run", "name another folder"):
-        missing = {"trained": False, "seconds": 0.0, "seen_before": []}
-        record = missing | json.loads(path.read_text())
+        record = json.loads(path.read_text())
         kinds = {
-            "finished": bool,
-            "trained": bool,
-            "seconds": (int, float),
-            "config": dict,
-            "device": dict,
-            "images": str,
+            bool: ("finished", "trained"),
+            str: ("state", "started", "images"),
+            (int, float): ("seconds", "peak_memory"),
+            dict: ("config", "defaults", "device", "data"),
+            list: ("history", "resumed", "seen_before"),
         }
-        kinds |= {"data": dict, "history": list, "resumed": list, "seen_before": list}
-        for name, kind in kinds.items():
-            if not isinstance(record.get(name), kind):
-                raise TypeError(f"{name} is {record.get(name)!r}")
+        for kind, names in kinds.items():
+            for name in names:
+                if not isinstance(record.get(name), kind):
+                    raise TypeError(f"{name} is {record.get(name)!r}")
+        if record["state"] not in STATES:
+            raise ValueError(f"state is {record['state']!r}")
         for number, epoch in enumerate(record["history"], start=1):
             check_epoch(epoch, number)
         for name, kind in ("resumed", int), ("seen_before", str):
             if not all(type(item) is kind for item in record[name]):
                 raise ValueError(f"{name} is {record[name]!r}")
-        if not 0 <= record["seconds"] < 1e9:
-            raise ValueError(f"seconds is {record['seconds']!r}")
+        for name in "seconds", "peak_memory":
+            if not 0 <= record[name] < 1e13:
+                raise ValueError(f"{name} is {record[name]!r}")
         json.dumps(record, allow_nan=False)  # or it could not be written again
         return record
 
@@ -3205,18 +3206,12 @@ def link(path, folder):
 
 def clock(seconds):
     """Return seconds as "2:03:04" or "1 day, 2:03:04"."""
-    return str(datetime.timedelta(seconds=round(seconds or 0)))
-
-
-def state_of(record):
-    """Return one of STATES, of records too that hold only `finished`."""
-    state = record.get("state")
-    return state if state in STATES else STATES[3 if record["finished"] else 1]
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def flattery(record):
     """Return a remark on scores of images that were trained on; "" if none was."""
-    if not record.get("seen_holdout"):
+    if not record["seen_holdout"]:
         return ""
     seen, total = record["seen_holdout"], record["data"]["holdout"]
     return f"{seen} of the {total} images were trained on too: the scores flatter"
@@ -3236,11 +3231,11 @@ def latest_measures(record):
 
 def differing(record):
     """Return the names of the settings that are not the defaults."""
-    defaults = record.get("defaults", {})
+    defaults = record["defaults"]
     return [
         name
         for name, value in record["config"].items()
-        if name in defaults and str(value) != str(defaults[name])  # paths are text
+        if str(value) != str(defaults[name])  # paths are text
     ]
 
 
@@ -3372,28 +3367,28 @@ def cards(record):
     done, epochs = len(record["history"]), record["config"]["epochs"]
     maxf = f"{measures['MaxF']:.2f} %" if measures else "–"
     iou = f"{measures['IoU']:.2f} %" if measures else "–"
-    memory = f"{(record.get('peak_memory') or 0) / 1e9:.2f} GB"
+    memory = f"{record['peak_memory'] / 1e9:.2f} GB"
     return [
         ("MaxF", maxf, f"{MEASURES['MaxF']}; {source}"),
         ("IoU", iou, f"{MEASURES['IoU']}, at MaxF's threshold"),
         ("Epochs", f"{done} of {epochs}", "passes over the training images"),
-        ("Duration", clock(record.get("seconds")), "hours, all sessions"),
+        ("Duration", clock(record["seconds"]), "hours, all sessions"),
         ("Peak memory", memory, "of the GPU, else of the program"),
     ]
 
 
 def headline(run_dir, record):
     """Return what one wants to know first, as a list of HTML."""
-    state, device = state_of(record), record["device"]
+    state, device = record["state"], record["device"]
     several = [n for n in ("replicas", "workers") if device[n] != 1]
     counts = [f"{count} {name}" for name, count in record["data"].items()]
     facts = {
-        "Started": record.get("started"),
-        "Updated": record.get("updated"),
+        "Started": record["started"],
+        "Updated": record["updated"],
         "Device": ", ".join([device["name"], *(f"{device[n]} {n}" for n in several)]),
         "Images": ", ".join(counts).replace("holdout", "hold-out"),
         "Resumed at step": ", ".join(map(str, record["resumed"])),
-        "Command": record.get("command"),
+        "Command": record["command"],
     }
     name = shown(run_dir.name)
     body = [f'<h1>{name} <span class="state {state}">{state}</span></h1>']
@@ -3436,7 +3431,7 @@ def score_section(record):
                 cells += f'<td class="left dim">{MEASURES.get(name, "")}</td>'
             body.append(f"<tr><th>{shown(name)}</th>{cells}</tr>")
         body.append("</table></div>")
-    curves, kinds = record.get("curves") or {}, planes.get("image", {})
+    curves, kinds = record["curves"], planes.get("image", {})
     if curves.keys() & kinds.keys():
         body.append(
             "<h2>Precision and recall, image plane</h2><p>Each point is a threshold: a "
@@ -3528,20 +3523,18 @@ def sample_section(run_dir, paths):
 def settings_section(record):
     """Return the settings, those that are not the defaults first, and the versions."""
     body, changed = ["<h2>Settings</h2>"], differing(record)
-    config, defaults = record["config"], record.get("defaults", {})
-    if defaults:
-        body.append("<p>What differs from the defaults comes first.</p>")
+    config, defaults = record["config"], record["defaults"]
+    body.append("<p>What differs from the defaults comes first.</p>")
     body.append('<dl class="facts">')
     for name in sorted(config, key=lambda name: name not in changed):
         value = shown(config[name])
         real = record["device"].get(name)
         if name in ("precision", "xla") and real not in (None, config[name]):
             value += f", here {shown(real)}"
-        kind = ""
+        kind = "dim"
         if name in changed:
             value = f"<b>{value}</b> <small>default {shown(defaults[name])}</small>"
-        elif defaults:
-            kind = "dim"
+            kind = ""
         body.append(fact(shown(name), value, kind))
     body.append('</dl><h2>Versions</h2><dl class="facts">')
     for name, value in record["versions"].items():
@@ -3563,9 +3556,9 @@ def report(run_dir, record):
     if overlays := sorted(run_dir.glob("[!.]*.png")):
         body += sample_section(run_dir, overlays)
     body += settings_section(record)
-    running = state_of(record) == "running"
+    running = record["state"] == "running"
     head = f'<meta http-equiv="refresh" content="{RELOAD}">' if running else ""
-    return page(f"Run {run_dir.name}: {state_of(record)}", body, head)
+    return page(f"Run {run_dir.name}: {record['state']}", body, head)
 
 
 COLUMNS = (  # of the overview
@@ -3580,7 +3573,7 @@ def overview_row(path):
     """Return when a run started and its cells; raises whatever a damage leads to."""
     at_work = is_locked(path / CHECKPOINTS / "run")  # first: the lock goes last
     record = read_run(path)
-    config, state = record["config"], state_of(record)
+    config, state = record["config"], record["state"]
     if state == "running" and not at_work:
         state = "stopped"  # by a kill or a power cut, which its record cannot know
     measures, _ = latest_measures(record)
@@ -3590,21 +3583,20 @@ def overview_row(path):
     changed = [f"{shown(name)} {shown(config[name])}" for name in changed]
     if measures and flattery(record):
         changed.append("scores flatter")
-    started = str(record.get("started") or "")
     cells = [
         f'<a href="{link(path / "index.html", path.parent)}">{shown(path.name)}</a>',
         f'<span class="state {state}">{state}</span>',
-        shown(started[:16]),
+        shown(record["started"][:16]),
         f"{unsure}{measures['MaxF']:.2f}" if measures else "",
         f"{unsure}{measures['IoU']:.2f}" if measures else "",
         shown(done if done == config["epochs"] else f"{done} of {config['epochs']}"),
         shown(config["batch_size"]),
         shown(f"{config['image_width']}x{config['image_height']}"),
         shown(config.get("weights") or vgg.get(config["vgg"], config["vgg"])),
-        clock(record["seconds"]) if record.get("seconds") else "",
-        ", ".join(changed) if "defaults" in record else "defaults not recorded",
+        clock(record["seconds"]),
+        ", ".join(changed),
     ]
-    return started, cells
+    return record["started"], cells
 
 
 def overview(runs_dir):

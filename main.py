@@ -205,7 +205,7 @@ def recorded_settings(run_dir):
     """
     path = run_dir / "run.json"
     record = helper.read_run(run_dir)
-    recorded, defaults = record["config"], record.get("defaults")
+    recorded, expected = record["config"], record["defaults"]  # of its own version
     parser = settings_parser()
 
     def refuse(message):
@@ -213,7 +213,6 @@ def recorded_settings(run_dir):
         raise ProgramError(f"{path}: config: {message}: correct it, or start anew")
 
     parser.error = refuse
-    expected = defaults if isinstance(defaults, dict) else {}  # of its own version
     if lost := expected.keys() - recorded.keys() - {*helper.NOT_RECORDED}:
         refuse(f"no {min(lost)}")
     # What "auto" came to there: here it may come to something else.
