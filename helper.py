@@ -404,8 +404,8 @@ def written(path, flush=False, alone=True):
     """Yield where to build the file or folder that replaces `path` at the end.
 
     With `flush` it is on the disk before that, so that a power cut leaves it. What an
-    earlier program left half built goes first; where others may write `path` at the
-    same time, not `alone`, each builds its own.
+    earlier program left half built goes first, but where others may write `path` at the
+    same time: not `alone`, each builds its own.
     """
     part = path.with_name(f".part.{'' if alone else os.getpid()}{path.name}")
     if len(os.fsencode(part.name)) > 255:
@@ -1012,14 +1012,14 @@ def maybe_download_kitti_road(data_dir):
     """Make sure that `data_dir`/data_road holds KITTI Road, downloaded if missing."""
     folder, archive = data_dir / "data_road", data_dir / "data_road.zip"
     if not folder.exists():
-        _check_place(data_dir, folder, archive)
+        _check_data_dir(data_dir, folder, archive)
         print("KITTI Road: CC BY-NC-SA 3.0, for non-commercial use; cvlibs.net")
         with locked(folder):
             if not folder.exists():
                 _unpack(archive, folder)
 
 
-def _check_place(data_dir, *paths):
+def _check_data_dir(data_dir, *paths):
     """Raise ProgramError where the data set cannot become `data_dir`/data_road."""
     here = Path(os.path.realpath(data_dir))
     if here.name == "data_road" or (here / "training" / "image_2").is_dir():
@@ -1131,8 +1131,8 @@ def draw_scene(kind, rng):
         """Outline (pixels) of what lies `left` to `right` metres off the centre."""
         rows = (z >= near) & (z <= far)
         x = np.concatenate([(centre + left)[rows], (centre + right)[rows][::-1]])
-        ahead = np.concatenate([z[rows], z[rows][::-1]])
-        u, v = 721.5377 * x / ahead + 609.5593, 721.5377 * 1.65 / ahead + 172.854
+        depth = np.concatenate([z[rows], z[rows][::-1]])
+        u, v = 721.5377 * x / depth + 609.5593, 721.5377 * 1.65 / depth + 172.854
         return list(zip(u.tolist(), v.tolist()))
 
     def colour(low, high, grey=False):
@@ -1665,9 +1665,9 @@ class Predictor:
     """A model that segments images of any size; the network sees them at one.
 
     An image is shrunk, goes through the network, as it is and mirrored, and its
-    probabilities grow back. Each has one trace for all batches and sizes: one for
-    certain sizes rounds differently, and which there are would depend on what came
-    before.
+    probabilities grow back. Each of these steps has one trace for all batches and
+    sizes: traces for certain sizes round differently, and which there are would depend
+    on what was segmented before.
     """
 
     def __init__(self, model, image_shape, batch_size=5):
@@ -2236,7 +2236,7 @@ def confidence_histogram(confidence, labels):
     return tf.reshape(counts, (2, 256))
 
 
-def rates(histogram):
+def at_thresholds(histogram):
     """Return precision, recall, false positives and true positives, (256,) each.
 
     At threshold k/255 road is what has that confidence or more.
@@ -2256,7 +2256,7 @@ def scores(histogram):
     is the mean, over recall 0, 0.1 ... 1, of the largest precision at that recall or
     more. IoU is that of `threshold`, IoU50 and accuracy are those of 0.5.
     """
-    precision, recall, fp, tp = rates(histogram)
+    precision, recall, fp, tp = at_thresholds(histogram)
     negatives, positives = np.sum(histogram, axis=1, dtype=np.float64)
     tiny = 1e-10
     f1 = 2 * precision * recall / (precision + recall + tiny)
@@ -2399,7 +2399,7 @@ def at_half(histogram):
 
 def precision_recall(histogram):
     """Return (recall, precision) at each of the 256 thresholds, in percent."""
-    precision, recall, _, _ = rates(histogram)
+    precision, recall, _, _ = at_thresholds(histogram)
     return np.round(100 * np.stack([recall, precision], axis=1), 3).tolist()
 
 
@@ -2483,14 +2483,14 @@ def has_weights(run_dir):
     return read_run(run_dir)["trained"] or bool(find_checkpoints(run_dir))
 
 
-def is_finished(run_dir):
-    """Say so if the run in `run_dir` needs no resuming."""
-    if not read_run(run_dir)["finished"]:
-        return False
-    remove_folder(run_dir / CHECKPOINTS)  # if a kill left it
-    print(f"{run_dir} is finished; its weights are {run_dir / WEIGHTS}")
-    print(f"to train on from them: {train_on(run_dir, read_run(run_dir))}")
-    return True
+def leave_if_finished(run_dir):
+    """Return whether the run needs no resuming; say so, and remove what a kill left."""
+    record = read_run(run_dir)
+    if record["finished"]:
+        remove_folder(run_dir / CHECKPOINTS)
+        print(f"{run_dir} is finished; its weights are {run_dir / WEIGHTS}")
+        print(f"to train on from them: {train_on(run_dir, record)}")
+    return record["finished"]
 
 
 def command(flag, path, rest=""):
@@ -2531,7 +2531,7 @@ def check_place(config):
 
 
 def new_folder(runs_dir, name=None, suffix=""):
-    """Make a folder in `runs_dir`, of that name or the second's; numbered if taken."""
+    """Make a folder in `runs_dir`: `name`, or the time; numbered if taken."""
     check_name(name)
     name = name or time.strftime("%Y%m%d-%H%M%S") + suffix
     runs_dir.mkdir(parents=True, exist_ok=True)
@@ -2921,7 +2921,7 @@ def write_overview(runs_dir):
     """Write the page on all runs."""
     path = runs_dir / "index.html"
     with decoration(path), written(path, alone=False) as part:
-        part.write_text(overview(runs_dir), "utf-8", "replace")
+        part.write_text(overview(runs_dir), "utf-8")
 
 
 def epoch_line(epoch, epochs):

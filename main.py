@@ -716,7 +716,7 @@ def train(config, this_run, train_step, model):
 
 def run(config):
     """Train as `config` says, score the hold-out, segment the test images."""
-    if config.resume and helper.is_finished(config.resume):
+    if config.resume and helper.leave_if_finished(config.resume):
         return
     helper.check_place(config)
     device = helper.prepare_device(config.precision, config.xla, config.deterministic)
@@ -738,8 +738,8 @@ def run(config):
             seed=config.seed,
             device=device,
         )
-        share = max(config.batch_size // device.replicas, 1)  # it has one of them
-        predictor = helper.Predictor(model, config.image_shape, share)
+        per_replica = max(config.batch_size // device.replicas, 1)  # it works on one
+        predictor = helper.Predictor(model, config.image_shape, per_replica)
         this_run.begin(state, predictor, total_steps=config.epochs * steps)
         if this_run.to_train:
             train(config, this_run, train_step, model)

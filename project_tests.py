@@ -3184,7 +3184,8 @@ class Resume(Program):
         after = [(path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")]
         self.assertEqual(before, after)
         record = (run_dir / "run.json").read_bytes()
-        self.patch(helper, "is_finished", lambda run_dir: False)  # as seen a while ago
+        # as seen a while ago
+        self.patch(helper, "leave_if_finished", lambda run_dir: False)
         self.assert_line(self.resume(), "is finished: nothing to go on with")
         self.assertEqual((run_dir / "run.json").read_bytes(), record)
 
