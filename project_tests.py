@@ -48,6 +48,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from unittest import mock
 
+ENVIRONMENT = os.environ.copy()  # as the user has it
 if "--benchmark" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["NO_PROXY"] = "127.0.0.1"
@@ -3943,9 +3944,11 @@ main.load_vgg, project_tests.SIDES = project_tests.small_vgg, [64, 128]
             self.assertAlmostEqual(float(shown), 100 * share, places=1)
 
     def test_the_job_prints_where_its_time_goes(self):
-        small = "import main, project_tests\nmain.load_vgg = project_tests.small_vgg\n"
+        small = "import os\nassert os.environ['CUDA_VISIBLE_DEVICES'] == '99'\n"
+        small += "import main, project_tests\nmain.load_vgg = project_tests.small_vgg\n"
         smaller = {
             "JOB": small + JOB,
+            "ENVIRONMENT": os.environ | {"CUDA_VISIBLE_DEVICES": "99"},
             "draw": lambda data, **_: shutil.copytree(self.folder / "data", data),
             "write_vgg_weights": lambda path, model: path.touch(),
         }
@@ -5250,6 +5253,7 @@ def job(argv):
         paths = [f"--vgg={vgg}", f"--data-dir={data}", f"--runs-dir={folder}"]
         done = subprocess.run(
             [sys.executable, "-c", JOB, *paths, *argv],
+            env=ENVIRONMENT,  # with the GPU
             stdout=subprocess.PIPE,
             text=True,
             check=False,
