@@ -655,11 +655,12 @@ class Device:
             )
 
 
-def prepare_device(precision="auto", xla=False, deterministic=False):
+def prepare_device(precision="auto", xla=False, deterministic=False, batch_size=1):
     """Return the Device, with the precision set for all that is built from here on.
 
     To be called before any use of a device. `precision` "auto" is bfloat16 on GPUs that
-    compute with it, float32 elsewhere. Speaks of a GPU that TensorFlow cannot use.
+    compute with it, float32 elsewhere. A GPU without an image of the batch would only
+    be waited for: it stays out. Speaks of a GPU that TensorFlow cannot use.
     """
     with quietly():
         gpus = tf.config.list_physical_devices("GPU")
@@ -667,11 +668,11 @@ def prepare_device(precision="auto", xla=False, deterministic=False):
             tf.config.experimental.set_memory_growth(gpu, True)
         if not gpus:  # one convolution after the other, each on all cores
             tf.config.threading.set_inter_op_parallelism_threads(1)
-        strategy, workers = choose_strategy()
+        strategy, workers = choose_strategy(batch_size)
         tf.config.list_logical_devices()
-        for number in range(len(gpus)):
-            check_gpu(number)
-    if not gpus and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    there = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
+    if there and not gpus and not hidden:
         print(*REMARKS, sep="", end="", file=sys.stderr)
         print("TensorFlow cannot use the NVIDIA GPU, so the CPU works. To mend it: pip")
         print(
@@ -691,6 +692,8 @@ def prepare_device(precision="auto", xla=False, deterministic=False):
     shared = f", {device.replicas} replicas" if device.replicas > 1 else ""
     shared += f" on {workers} workers" if workers > 1 else ""
     print(device.name + shared, precision + (", XLA" if device.xla else ""), sep=", ")
+    for number in range(len(gpus)):  # said before: a library may end the program here
+        check_gpu(number)
     if xla and not device.xla:
         print("XLA is off: not for several replicas, --deterministic or Blackwell GPUs")
     if deterministic:
@@ -700,24 +703,28 @@ def prepare_device(precision="auto", xla=False, deterministic=False):
 
 
 def check_gpu(number):
-    """Raise ProgramError unless a GPU computes a convolution.
+    """Raise ProgramError unless a GPU computes as the network will.
 
-    That needs a driver, CUDA, cuDNN and kernels that fit; what does not would end a run
-    that has begun.
+    That needs CUDA and cuDNN, and for TensorFlow's own kernels a driver that can compile
+    them; what does not fit would end a run that has begun.
     """
     try:
         with tf.device(f"GPU:{number}"):
-            x = tf.nn.conv2d(tf.ones((1, 8, 8, 4)), tf.ones((3, 3, 4, 4)), 1, "SAME")
+            x = 2 * tf.cast(tf.ones((1, 8, 8, 4), tf.uint8), tf.float32)
+            x = tf.nn.conv2d(x, tf.ones((3, 3, 4, 4)), 1, "SAME")
+            x = tf.nn.max_pool2d(x, 2, 2, "SAME")
         x.numpy()
         reason = "" if "GPU" in x.device else "it does not know this kind"
     except tf.errors.OpError as error:
         reason = first_line(error)
     if reason:
+        old = 'one older than Turing needs: pip install "nvidia-cudnn-cu12<9.11"; '
         raise ProgramError(
             f"TensorFlow cannot compute with GPU {number} ({reason}): see whether "
-            "another program has it (nvidia-smi) and whether its driver is up to date "
-            "(TF_CPP_MIN_LOG_LEVEL=0 in front of the command says more), or set "
-            "CUDA_VISIBLE_DEVICES=-1, and the CPU works"
+            "another program has it (nvidia-smi) and whether its driver is up to date; "
+            f"{old if compute_capability() < (7, 5) else ''}TF_CPP_MIN_LOG_LEVEL=0 in "
+            "front of the command says more, CUDA_VISIBLE_DEVICES=0 takes the first "
+            "GPU alone, -1 the CPU"
         )
 
 
@@ -729,7 +736,7 @@ def compute_capability():
     return min(found, default=(0, 0))
 
 
-def choose_strategy():
+def choose_strategy(batch_size):
     """Return the strategy for this machine's GPUs and TF_CONFIG's, and its workers."""
     gpus = tf.config.list_physical_devices("GPU")
     if "TF_CONFIG" in os.environ:
@@ -749,8 +756,9 @@ def choose_strategy():
                         communication_options=options
                     )
                 return strategy, workers
-    if len(gpus) > 1:
-        return tf.distribute.MirroredStrategy(), 1
+    names = [f"GPU:{number}" for number in range(min(len(gpus), batch_size))]
+    if len(names) > 1:
+        return tf.distribute.MirroredStrategy(names), 1
     return tf.distribute.get_strategy(), 1
 
 
@@ -1400,11 +1408,12 @@ def check_tests(tests, folder, submission):
 def check_batch_size(batch_size, training, replicas):
     """Raise ProgramError where there are fewer training images than `batch_size`.
 
-    Says so where there are more replicas.
+    Says so where there are more replicas or GPUs.
     """
-    if batch_size < replicas:
-        idle = count_of(replicas - batch_size, "replica")
-        print(f"--batch-size {batch_size} leaves {idle} of {replicas} idle: raise it")
+    devices = max(replicas, len(tf.config.list_physical_devices("GPU")))
+    if batch_size < devices:
+        idle = count_of(devices - batch_size, "device")
+        print(f"--batch-size {batch_size} leaves {idle} of {devices} idle: raise it")
     if batch_size > len(training):
         raise ProgramError(
             f"--batch-size {batch_size} is more than the "

@@ -719,7 +719,9 @@ def run(config):
     if config.resume and helper.leave_if_finished(config.resume):
         return
     helper.check_place(config)
-    device = helper.prepare_device(config.precision, config.xla, config.deterministic)
+    device = helper.prepare_device(
+        config.precision, config.xla, config.deterministic, config.batch_size
+    )
     keras.utils.set_random_seed(config.seed)
     split, vgg_path = prepare(config)
     if config.epochs:

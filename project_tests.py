@@ -2359,7 +2359,10 @@ class Run(Program):
     def test_a_gpu_that_tensorflow_cannot_use_is_spoken_of(self):
         self.assertNotIn("NVIDIA", self.main("--epochs", 0)[1])
         self.patch(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-        code, output, _ = self.main("--epochs", 0)
+        self.assertNotIn("NVIDIA", self.main("--epochs", 0)[1])  # the tests hide it
+        with mock.patch.dict(os.environ):
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+            code, output, _ = self.main("--epochs", 0)
         self.assertEqual(code, 0)
         self.assertRegex(output, "cannot use the NVIDIA GPU.*\n.*requirements.txt")
 
@@ -2522,7 +2525,7 @@ class Run(Program):
         with contextlib.redirect_stdout(io.StringIO()) as said:
             helper.check_batch_size(2, training=range(9), replicas=2)
             helper.check_batch_size(2, training=range(9), replicas=5)
-        idle = "--batch-size 2 leaves 3 replicas of 5 idle: raise it\n"
+        idle = "--batch-size 2 leaves 3 devices of 5 idle: raise it\n"
         self.assertEqual(said.getvalue(), idle)
 
     def test_without_training_there_need_not_be_a_batch(self):
@@ -3332,28 +3335,62 @@ class Failures(Case):
         with self.assertRaisesRegex(ProgramError, said):
             helper.check_gpu(0)  # where there is none TensorFlow takes the CPU
         x = mock.Mock(device="/job:localhost/replica:0/task:0/device:GPU:1")
-        with mock.patch.object(tf.nn, "conv2d", return_value=x):
+        with mock.patch.object(tf.nn, "max_pool2d", return_value=x):
             helper.check_gpu(1)
         error = tf.errors.InvalidArgumentError(None, None, "No DNN in stream executor.")
-        with (
-            mock.patch.object(tf.nn, "conv2d", side_effect=error),
-            self.assertRaises(ProgramError) as caught,
-        ):
-            helper.check_gpu(1)
-        said = r"with GPU 1 \(No DNN in stream executor\.\): see .*nvidia-smi.*, or set"
-        self.assertRegex(str(caught.exception), said)
+        for owner, name in (tf, "cast"), (tf.nn, "conv2d"), (tf.nn, "max_pool2d"):
+            for capability, words in (
+                ((7, 0), "older than Turing needs: pip"),
+                ((9, 0), ""),
+            ):
+                with (
+                    mock.patch.object(owner, name, side_effect=error),
+                    mock.patch.object(
+                        helper, "compute_capability", return_value=capability
+                    ),
+                    self.assertRaises(ProgramError) as caught,
+                ):
+                    helper.check_gpu(1)
+                said = r"with GPU 1 \(No DNN in stream executor\.\): see .*nvidia-smi"
+                self.assertRegex(str(caught.exception), f"{said}.*{words}")
+                self.assertEqual("Turing" in str(caught.exception), bool(words))
         check = mock.Mock(side_effect=[None, error])
         with (
-            mock.patch.object(
-                tf.config, "list_physical_devices", return_value=["0", "1"]
+            mock.patch.object(tf.config, "list_physical_devices", return_value=[x, x]),
+            mock.patch.multiple(
+                tf.config.experimental,
+                set_memory_growth=mock.DEFAULT,
+                get_device_details=lambda gpu: {"device_name": "H1"},
             ),
-            mock.patch.object(tf.config.experimental, "set_memory_growth"),
             mock.patch.object(helper, "choose_strategy", return_value=(ONE, 1)),
             mock.patch.object(helper, "check_gpu", check),
+            contextlib.redirect_stdout(io.StringIO()) as output,
             self.assertRaises(tf.errors.InvalidArgumentError),
         ):
             helper.prepare_device()
         self.assertEqual(check.call_args_list, [mock.call(0), mock.call(1)])
+        self.assertIn("H1, float32", output.getvalue())  # should it crash
+
+    def test_as_many_gpus_work_as_the_batch_has_images(self):
+        gpus = mock.Mock(return_value=["0", "1", "2"])
+        with (
+            mock.patch.object(tf.config, "list_physical_devices", gpus),
+            mock.patch.object(tf.distribute, "MirroredStrategy") as mirrored,
+            contextlib.redirect_stdout(io.StringIO()) as output,
+        ):
+            self.assertEqual(helper.choose_strategy(1), (ONE, 1))
+            mirrored.assert_not_called()
+            for batch_size, names in (
+                (2, ["GPU:0", "GPU:1"]),
+                (4, [*map("GPU:{}".format, range(3))]),
+            ):
+                helper.choose_strategy(batch_size)
+                self.assertEqual(mirrored.call_args.args, (names,))
+            helper.check_batch_size(3, range(9), replicas=3)
+            self.assertEqual(output.getvalue(), "")
+            helper.check_batch_size(1, range(9), replicas=1)
+        said = "--batch-size 1 leaves 2 devices of 3 idle"
+        self.assertIn(said, output.getvalue())
 
     def test_gpus_of_several_workers_sum_by_nccl(self):
         kinds = tf.distribute.experimental.CommunicationImplementation
@@ -3368,7 +3405,7 @@ class Failures(Case):
                 mock.patch.object(tf.distribute, "MultiWorkerMirroredStrategy") as made,
                 contextlib.redirect_stdout(io.StringIO()),
             ):
-                helper.choose_strategy()
+                helper.choose_strategy(batch_size=2)
             (options,) = made.call_args.kwargs.values()
             self.assertEqual(options.implementation, expected)
 
@@ -3731,10 +3768,11 @@ class Devices(Program):
         two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), 1
         predictors = mock.Mock(wraps=helper.Predictor)
         with (
-            mock.patch.object(helper, "choose_strategy", return_value=two),
+            mock.patch.object(helper, "choose_strategy", return_value=two) as choose,
             mock.patch.object(helper, "Predictor", predictors),
         ):
             self.assertEqual(self.main(*self.settings)[0], 0)
+        choose.assert_called_once_with(5)  # no more GPUs than images in a batch
         ((_, _, batch_size),) = (each.args for each in predictors.call_args_list)
         self.assertEqual(batch_size, 2)  # of 5: it has one device
         self.assert_same(self.outcome(self.run_dirs()[-1]), one, 2, 1)
