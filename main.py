@@ -430,7 +430,10 @@ class Adam(keras.optimizers.Adam):
 
     def update_step(self, gradient, variable, learning_rate):
         # a Keras that does not know the method above would call this
-        raise NotImplementedError("this Keras would train all at one rate")
+        raise ProgramError(
+            f"Keras {keras.__version__} would train all at one rate: pip install "
+            "keras==3.15.1"
+        )
 
 
 def warm_up_and_cosine(learning_rate, epochs, steps):

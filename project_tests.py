@@ -1699,7 +1699,7 @@ class Optimize(Case):
     def test_a_keras_that_would_know_no_factors_is_refused(self):
         update = keras.optimizers.Adam._backend_update_step
         self.patch(main.Adam, "_backend_update_step", update)
-        with self.assertRaisesRegex(NotImplementedError, "all at one rate"):
+        with self.assertRaisesRegex(ProgramError, "all at one rate: pip install keras"):
             self.optimize()[0](*small_batch())
 
     def test_dropout_is_a_function_of_seed_and_step(self):
