@@ -431,8 +431,8 @@ class Adam(keras.optimizers.Adam):
     def update_step(self, gradient, variable, learning_rate):
         # a Keras that does not know the method above would call this
         raise ProgramError(
-            f"Keras {keras.__version__} would train all at one rate: pip install "
-            "keras==3.15.1"
+            f"Keras {keras.__version__} would train all at one rate: pip install -r "
+            "requirements.txt"
         )
 
 
