@@ -2443,7 +2443,7 @@ def read_run(run_dir):
     Raises ProgramError that names what is missing or of another kind.
     """
     path = run_dir / "run.json"
-    with blaming(path, "the record of a run", "name another folder"):
+    with blaming(path, "the record of a run of this version", "name another folder"):
         record = json.loads(path.read_text())
         kinds = {
             bool: ("finished", "trained"),
@@ -2516,6 +2516,11 @@ def train_on(run_dir, record):
     if data_dir.absolute() != Path("data").absolute():
         rest += f" --data-dir {shlex.quote(str(data_dir))}"
     return command("--weights", run_dir, rest)
+
+
+def named(run_dir):
+    """Return the path of a run's folder with its name, which "." and ".." lack."""
+    return run_dir.resolve() if run_dir.name in ("", "..") else run_dir
 
 
 def check_name(name):
@@ -2842,7 +2847,7 @@ class Run:
         facts = {"image_height": self.config.image_height}
         facts |= {"image_width": self.config.image_width}
         facts |= {name: self.record[name] for name in ("network", "config", "versions")}
-        facts |= {"run": self.path.absolute().name}
+        facts |= {"run": named(self.path).name}
         facts |= {"step": int(self.state.step.numpy())}
         write_weights(self.state.model, self.path / WEIGHTS, facts, self.seen())
 
@@ -2918,7 +2923,7 @@ def now():
 
 def write_run(run_dir, text):
     """Write the record `text` as run.json, and the pages on it and on all runs."""
-    run_dir = Path(os.path.abspath(run_dir))  # "." has neither a name nor a parent
+    run_dir = named(run_dir)
     with written(run_dir / "run.json", flush=True) as part:
         part.write_text(text)
     with decoration("index.html"), written(run_dir / "index.html") as part:

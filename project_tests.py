@@ -3239,8 +3239,9 @@ class Resume(Program):
         run_dir = self.reuse(until=4)
         record = json.loads((run_dir / "run.json").read_text())
         (run_dir / "run.json").write_text(json.dumps(record | {"peak_memory": 10**12}))
-        with contextlib.chdir(run_dir):
-            self.assertEqual(self.call("--resume", ".")[0], 0)
+        (run_dir / "mine").mkdir()
+        with contextlib.chdir(run_dir / "mine"):
+            self.assertEqual(self.call("--resume", "..")[0], 0)
         self.assertIn(
             f"<title>Run {run_dir.name}: finished", (run_dir / "index.html").read_text()
         )
