@@ -659,16 +659,20 @@ def prepare_device(precision="auto", xla=False, deterministic=False, batch_size=
     """Return the Device, with the precision set for all that is built from here on.
 
     To be called before any use of a device. `precision` "auto" is bfloat16 on GPUs that
-    compute with it, float32 elsewhere. A GPU without an image of the batch would only
-    be waited for: it stays out. Speaks of a GPU that TensorFlow cannot use.
+    compute with it, float32 elsewhere. On one machine a GPU without an image of the
+    batch would only be waited for: it stays out. Speaks of one that TensorFlow cannot
+    use.
     """
     with quietly():
         gpus = tf.config.list_physical_devices("GPU")
+        if "TF_CONFIG" not in os.environ:
+            gpus = gpus[:batch_size]
+            tf.config.set_visible_devices(gpus, "GPU")
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
         if not gpus:  # one convolution after the other, each on all cores
             tf.config.threading.set_inter_op_parallelism_threads(1)
-        strategy, workers = choose_strategy(batch_size)
+        strategy, workers = choose_strategy()
         tf.config.list_logical_devices()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     there = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
@@ -703,10 +707,10 @@ def prepare_device(precision="auto", xla=False, deterministic=False, batch_size=
 
 
 def check_gpu(number):
-    """Raise ProgramError unless a GPU computes as the network will.
+    """Raise ProgramError unless a GPU computes by cuDNN and by TensorFlow's kernels.
 
-    That needs CUDA and cuDNN, and for TensorFlow's own kernels a driver that can compile
-    them; what does not fit would end a run that has begun.
+    That needs libraries that fit, and for newer GPUs a driver that can compile the
+    kernels; what does not fit would end a run that has begun.
     """
     try:
         with tf.device(f"GPU:{number}"):
@@ -730,15 +734,15 @@ def check_gpu(number):
 
 def compute_capability():
     """Return the lowest compute capability of the GPUs, (0, 0) without one."""
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     details = map(tf.config.experimental.get_device_details, gpus)
     found = [each.get("compute_capability", (0, 0)) for each in details]
     return min(found, default=(0, 0))
 
 
-def choose_strategy(batch_size):
+def choose_strategy():
     """Return the strategy for this machine's GPUs and TF_CONFIG's, and its workers."""
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     if "TF_CONFIG" in os.environ:
         advice = "correct it, or unset it to train on this machine alone"
         with blaming("TF_CONFIG", "a cluster", advice):
@@ -756,9 +760,8 @@ def choose_strategy(batch_size):
                         communication_options=options
                     )
                 return strategy, workers
-    names = [f"GPU:{number}" for number in range(min(len(gpus), batch_size))]
-    if len(names) > 1:
-        return tf.distribute.MirroredStrategy(names), 1
+    if len(gpus) > 1:
+        return tf.distribute.MirroredStrategy(), 1
     return tf.distribute.get_strategy(), 1
 
 

@@ -1699,7 +1699,7 @@ class Optimize(Case):
     def test_a_keras_that_would_know_no_factors_is_refused(self):
         update = keras.optimizers.Adam._backend_update_step
         self.patch(main.Adam, "_backend_update_step", update)
-        with self.assertRaisesRegex(ProgramError, "all at one rate: pip install keras"):
+        with self.assertRaisesRegex(ProgramError, "all at one rate: pip install -r"):
             self.optimize()[0](*small_batch())
 
     def test_dropout_is_a_function_of_seed_and_step(self):
@@ -2359,7 +2359,9 @@ class Run(Program):
     def test_a_gpu_that_tensorflow_cannot_use_is_spoken_of(self):
         self.assertNotIn("NVIDIA", self.main("--epochs", 0)[1])
         self.patch(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-        self.assertNotIn("NVIDIA", self.main("--epochs", 0)[1])  # the tests hide it
+        for hidden in "", "-1":
+            with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=hidden):
+                self.assertNotIn("NVIDIA", self.main("--epochs", 0)[1])
         with mock.patch.dict(os.environ):
             del os.environ["CUDA_VISIBLE_DEVICES"]
             code, output, _ = self.main("--epochs", 0)
@@ -3357,7 +3359,12 @@ class Failures(Case):
                 self.assertEqual("Turing" in str(caught.exception), bool(words))
         check = mock.Mock(side_effect=[None, error])
         with (
-            mock.patch.object(tf.config, "list_physical_devices", return_value=[x, x]),
+            mock.patch.multiple(
+                tf.config,
+                list_physical_devices=lambda kind: [x, x],
+                get_visible_devices=lambda kind: [x, x],
+                set_visible_devices=mock.DEFAULT,
+            ),
             mock.patch.multiple(
                 tf.config.experimental,
                 set_memory_growth=mock.DEFAULT,
@@ -3368,30 +3375,50 @@ class Failures(Case):
             contextlib.redirect_stdout(io.StringIO()) as output,
             self.assertRaises(tf.errors.InvalidArgumentError),
         ):
-            helper.prepare_device()
+            helper.prepare_device(batch_size=2)
         self.assertEqual(check.call_args_list, [mock.call(0), mock.call(1)])
         self.assertIn("H1, float32", output.getvalue())  # should it crash
 
     def test_as_many_gpus_work_as_the_batch_has_images(self):
-        gpus = mock.Mock(return_value=["0", "1", "2"])
-        with (
-            mock.patch.object(tf.config, "list_physical_devices", gpus),
-            mock.patch.object(tf.distribute, "MirroredStrategy") as mirrored,
-            contextlib.redirect_stdout(io.StringIO()) as output,
-        ):
-            self.assertEqual(helper.choose_strategy(1), (ONE, 1))
-            mirrored.assert_not_called()
-            for batch_size, names in (
-                (2, ["GPU:0", "GPU:1"]),
-                (4, [*map("GPU:{}".format, range(3))]),
+        gpus = [mock.Mock(capability=each) for each in ((9, 0), (9, 0), (6, 1))]
+        self.addCleanup(keras.config.set_dtype_policy, "float32")
+        self.addCleanup(os.environ.pop, "TF_CONFIG", None)
+        for batch_size, cluster, count in (1, 0, 1), (2, 0, 2), (9, 0, 3), (1, 1, 3):
+            visible = list(gpus)
+            if cluster:  # whose batch all share
+                os.environ["TF_CONFIG"] = "{}"
+            with (
+                mock.patch.multiple(
+                    tf.config,
+                    list_physical_devices=lambda kind: gpus,
+                    set_visible_devices=lambda some, kind, to=visible: to.__setitem__(
+                        slice(None), some
+                    ),
+                    get_visible_devices=lambda kind, found=visible: found,
+                ),
+                mock.patch.multiple(
+                    tf.config.experimental,
+                    set_memory_growth=mock.DEFAULT,
+                    get_device_details=lambda gpu: {
+                        "compute_capability": gpu.capability,
+                        "device_name": "H1",
+                    },
+                ),
+                mock.patch.object(
+                    tf.distribute, "MirroredStrategy", return_value=ONE
+                ) as mirrored,
+                mock.patch.object(helper, "check_gpu") as check,
+                contextlib.redirect_stdout(io.StringIO()) as output,
             ):
-                helper.choose_strategy(batch_size)
-                self.assertEqual(mirrored.call_args.args, (names,))
-            helper.check_batch_size(3, range(9), replicas=3)
-            self.assertEqual(output.getvalue(), "")
-            helper.check_batch_size(1, range(9), replicas=1)
-        said = "--batch-size 1 leaves 2 devices of 3 idle"
-        self.assertIn(said, output.getvalue())
+                device = helper.prepare_device(batch_size=batch_size)
+                helper.check_batch_size(batch_size, range(9), replicas=1)
+            self.assertEqual(visible, gpus[:count])
+            self.assertEqual(check.call_args_list, [*map(mock.call, range(count))])
+            self.assertEqual(mirrored.call_count, count > 1)
+            weakest = "float32" if count == 3 else "bfloat16"
+            self.assertEqual(device.precision, weakest)
+            idle = "leaves 2 devices of 3 idle" in output.getvalue()
+            self.assertEqual(idle, batch_size == 1)
 
     def test_gpus_of_several_workers_sum_by_nccl(self):
         kinds = tf.distribute.experimental.CommunicationImplementation
@@ -3400,13 +3427,11 @@ class Failures(Case):
         for gpus, expected in ((["0"], kinds.NCCL), ([], kinds.AUTO)):
             with (
                 mock.patch.dict(os.environ, TF_CONFIG=json.dumps(cluster)),
-                mock.patch.object(
-                    tf.config, "list_physical_devices", return_value=gpus
-                ),
+                mock.patch.object(tf.config, "get_visible_devices", return_value=gpus),
                 mock.patch.object(tf.distribute, "MultiWorkerMirroredStrategy") as made,
                 contextlib.redirect_stdout(io.StringIO()),
             ):
-                helper.choose_strategy(batch_size=2)
+                helper.choose_strategy()
             (options,) = made.call_args.kwargs.values()
             self.assertEqual(options.implementation, expected)
 
@@ -3768,12 +3793,14 @@ class Devices(Program):
         self.assert_same(one, one, 1, 1)
         two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), 1
         predictors = mock.Mock(wraps=helper.Predictor)
+        prepare = mock.Mock(wraps=helper.prepare_device)
         with (
-            mock.patch.object(helper, "choose_strategy", return_value=two) as choose,
+            mock.patch.object(helper, "choose_strategy", return_value=two),
+            mock.patch.object(helper, "prepare_device", prepare),
             mock.patch.object(helper, "Predictor", predictors),
         ):
             self.assertEqual(self.main(*self.settings)[0], 0)
-        choose.assert_called_once_with(5)  # no more GPUs than images in a batch
+        self.assertEqual(prepare.call_args.args[3], 5)  # the batch size
         ((_, _, batch_size),) = (each.args for each in predictors.call_args_list)
         self.assertEqual(batch_size, 2)  # of 5: it has one device
         self.assert_same(self.outcome(self.run_dirs()[-1]), one, 2, 1)
