@@ -722,13 +722,14 @@ def check_gpu(number):
     except tf.errors.OpError as error:
         reason = first_line(error)
     if reason:
-        old = 'one older than Turing needs: pip install "nvidia-cudnn-cu12<9.11"; '
+        old = ""
+        if compute_capability() < (7, 5):
+            old = 'one older than Turing needs: pip install "nvidia-cudnn-cu12<9.11"; '
         raise ProgramError(
             f"TensorFlow cannot compute with GPU {number} ({reason}): see whether "
             "another program has it (nvidia-smi) and whether its driver is up to date; "
-            f"{old if compute_capability() < (7, 5) else ''}TF_CPP_MIN_LOG_LEVEL=0 in "
-            "front of the command says more, CUDA_VISIBLE_DEVICES=0 takes the first "
-            "GPU alone, -1 the CPU"
+            f"{old}TF_CPP_MIN_LOG_LEVEL=0 in front of the command says more, "
+            "CUDA_VISIBLE_DEVICES=0 takes the first GPU alone, -1 the CPU"
         )
 
 
@@ -1849,7 +1850,8 @@ def find_inputs(paths):
     `paths` are files and folders; folders in folders and hidden files are left alone.
     Raises ProgramError where nothing can be used.
     """
-    found, problems = {}, []  # as an ordered set
+    found = {}  # as an ordered set
+    problems = []
     for path in paths:
         files = [path]
         if path.is_dir():
@@ -2436,6 +2438,7 @@ WEIGHTS = "fcn8s.weights.h5"  # of a run's folder
 CHECKPOINTS = "checkpoint"  # likewise
 FRAMES = "frames"  # in there: of progress.gif
 NOT_RECORDED = "resume", "predict", "export"  # settings that are none of a run
+STATES = "running", "stopped", "failed", "finished"
 FACTS = "fcn8s"  # the attribute of a weight file that says what it is
 SEEN = "seen"  # the data set in it that says what images it was trained on
 
@@ -3128,7 +3131,6 @@ PLANE_NOTES = {
     "bev": "The road from above, 20 m wide and 6 to 46 m ahead, in cells of 5 cm: the "
     "view of the benchmark's table, where far road counts as much as near road.",
 }
-STATES = "running", "stopped", "failed", "finished"
 RELOAD = 30  # seconds, while a run is running
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -3548,10 +3550,9 @@ def settings_section(record):
         real = record["device"].get(name)
         if name in ("precision", "xla") and real not in (None, config[name]):
             value += f", here {shown(real)}"
-        kind = "dim"
         if name in changed:
             value = f"<b>{value}</b> <small>default {shown(defaults[name])}</small>"
-            kind = ""
+        kind = "" if name in changed else "dim"
         body.append(fact(shown(name), value, kind))
     body.append('</dl><h2>Versions</h2><dl class="facts">')
     for name, value in record["versions"].items():

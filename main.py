@@ -51,7 +51,8 @@ class Range(NamedTuple):
         if self.low <= value <= self.high and not (self.step and value % self.step):
             return value
         what = "a whole number" if kind is int else "a number"
-        what = f"a multiple of {self.step}" if self.step else what
+        if self.step:
+            what = f"a multiple of {self.step}"
         raise argparse.ArgumentTypeError(
             f"{text} is not {what} in [{self.low}, {self.high}]"
         )

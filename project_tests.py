@@ -3319,6 +3319,24 @@ class Failures(Case):
             function(*arguments)
         return helper.first_line(caught.exception)
 
+    def patch_gpus(self, *capabilities):
+        """Have TensorFlow list such GPUs; return them, and those that are visible."""
+        gpus = [mock.Mock(capability=each) for each in capabilities]
+        visible = list(gpus)
+
+        def set_visible(some, kind):
+            visible[:] = some
+
+        def details(gpu):
+            return {"compute_capability": gpu.capability, "device_name": "H1"}
+
+        self.patch(tf.config, "list_physical_devices", lambda kind: gpus)
+        self.patch(tf.config, "get_visible_devices", lambda kind: visible)
+        self.patch(tf.config, "set_visible_devices", set_visible)
+        self.patch(tf.config.experimental, "set_memory_growth", mock.Mock())
+        self.patch(tf.config.experimental, "get_device_details", details)
+        return gpus, visible
+
     def test_of_a_failing_operation_the_reason_is_said(self):
         def check(x):
             return tf.debugging.check_numerics(x, "of this network")
@@ -3358,18 +3376,8 @@ class Failures(Case):
                 self.assertRegex(str(caught.exception), f"{said}.*{words}")
                 self.assertEqual("Turing" in str(caught.exception), bool(words))
         check = mock.Mock(side_effect=[None, error])
+        self.patch_gpus((7, 0), (7, 0))
         with (
-            mock.patch.multiple(
-                tf.config,
-                list_physical_devices=lambda kind: [x, x],
-                get_visible_devices=lambda kind: [x, x],
-                set_visible_devices=mock.DEFAULT,
-            ),
-            mock.patch.multiple(
-                tf.config.experimental,
-                set_memory_growth=mock.DEFAULT,
-                get_device_details=lambda gpu: {"device_name": "H1"},
-            ),
             mock.patch.object(helper, "choose_strategy", return_value=(ONE, 1)),
             mock.patch.object(helper, "check_gpu", check),
             contextlib.redirect_stdout(io.StringIO()) as output,
@@ -3380,30 +3388,13 @@ class Failures(Case):
         self.assertIn("H1, float32", output.getvalue())  # should it crash
 
     def test_as_many_gpus_work_as_the_batch_has_images(self):
-        gpus = [mock.Mock(capability=each) for each in ((9, 0), (9, 0), (6, 1))]
+        gpus, visible = self.patch_gpus((9, 0), (9, 0), (6, 1))
         self.addCleanup(keras.config.set_dtype_policy, "float32")
-        self.addCleanup(os.environ.pop, "TF_CONFIG", None)
         for batch_size, cluster, count in (1, 0, 1), (2, 0, 2), (9, 0, 3), (1, 1, 3):
-            visible = list(gpus)
-            if cluster:  # whose batch all share
-                os.environ["TF_CONFIG"] = "{}"
+            visible[:] = gpus
+            variables = {"TF_CONFIG": "{}"} if cluster else {}  # whose batch all share
             with (
-                mock.patch.multiple(
-                    tf.config,
-                    list_physical_devices=lambda kind: gpus,
-                    set_visible_devices=lambda some, kind, to=visible: to.__setitem__(
-                        slice(None), some
-                    ),
-                    get_visible_devices=lambda kind, found=visible: found,
-                ),
-                mock.patch.multiple(
-                    tf.config.experimental,
-                    set_memory_growth=mock.DEFAULT,
-                    get_device_details=lambda gpu: {
-                        "compute_capability": gpu.capability,
-                        "device_name": "H1",
-                    },
-                ),
+                mock.patch.dict(os.environ, variables),
                 mock.patch.object(
                     tf.distribute, "MirroredStrategy", return_value=ONE
                 ) as mirrored,
