@@ -132,7 +132,7 @@ def blaming(path, what, advice):
     except PermissionError as error:
         raise ProgramError(f"{path}: {error.strerror}: see who may read it") from error
     except Exception as error:  # decoders raise what they like
-        reason = first_line(error)
+        reason = first_line(getattr(error, "strerror", None) or error)
         raise ProgramError(f"{path}: not {what} ({reason}): {advice}") from error
 
 
@@ -836,7 +836,8 @@ def naming_the_batch_that_fits(model, image_shape, batch_size, replicas):
         yield
     except OUT_OF_MEMORY as error:
         fits = min(largest_batch(model, image_shape, replicas), batch_size - 1)
-        advice = f"{fits} should fit; set that, or lower" if fits else "lower it,"
+        lower = "lower it," if batch_size > 1 else "lower"
+        advice = f"{fits} should fit; set that, or lower" if fits else lower
         raise ProgramError(
             f"out of memory with --batch-size {batch_size}: {advice} --image-height or "
             "--image-width"
@@ -1670,6 +1671,7 @@ def gen_batch_function(samples, image_shape, seed=0, device=None):
 ROAD = (255, 0, 255)  # no verge, sky or asphalt is magenta
 IN_FLIGHT = 40_000_000  # pixels at once; each takes some 25 bytes: about a gigabyte
 VIDEOS = ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ts"
+MP4_SIDE = 16_384  # pixels that its encoder takes
 STATE_NOTHING = ".mpg", ".mpeg", ".ts"  # their length is what is in them
 READABLE = f"{', '.join(IMAGES)} or a video ({', '.join(VIDEOS)})"
 
@@ -1916,7 +1918,8 @@ def predict(files, problems, predictor, runs_dir, name=None):
         done = prediction.of_images([f for f in names if f.suffix.lower() in IMAGES])
         for file in names:
             if file.suffix.lower() in VIDEOS:
-                done += prediction.of_video(file)
+                with prediction.noting(file):
+                    done += prediction.of_video(file)
     finally:
         for emptied in folder / "confidence", folder:  # where nothing came into it
             with contextlib.suppress(OSError):
@@ -1952,37 +1955,35 @@ class Prediction:
         saved = ahead(self.save, segment(self.predictor, samples, depth), depth)
         return sum(tqdm(saved, "overlays", len(readable), unit="image", disable=None))
 
-    def count_pixels(self, file):
-        """Return the pixels of an image as its header states, 0 if it is none."""
-        try:
-            return count_pixels(file)
-        except ProgramError as error:
-            self.problems.append(str(error))
-            return 0
-
-    def read(self, file):
-        """Return the file and its image, None if it cannot be read."""
-        try:
-            return file, read_image(file)
-        except ProgramError as error:
-            self.problems.append(str(error))
-
     @contextlib.contextmanager
-    def writing(self, file):
-        """Note why the overlay of `file` cannot be written; a full disk ends it all."""
+    def noting(self, file):
+        """Note what is wrong with `file`; a full disk ends it all."""
         try:
             yield
+        except ProgramError as error:
+            self.problems.append(str(error))
         except OSError as error:
             if error.errno in FULL:
                 raise
             reason = error.strerror or first_line(error)
             self.problems.append(f"{file}: cannot be written ({reason})")
 
+    def count_pixels(self, file):
+        """Return the pixels of an image as its header states, 0 if it is none."""
+        with self.noting(file):
+            return count_pixels(file)
+        return 0
+
+    def read(self, file):
+        """Return the file and its image, None if it cannot be read."""
+        with self.noting(file):
+            return file, read_image(file)
+
     def save(self, sample):
         """Write overlay and confidence of (file, image, road); return whether."""
         file, image, road = sample
         target = self.folder / self.names[file]
-        with self.writing(file):
+        with self.noting(file):
             road = self.predictor.grown(road, image)
             save_image(overlay(image, road), target)
             confidence = to_confidence(road).numpy()
@@ -1993,22 +1994,19 @@ class Prediction:
     def of_video(self, path):
         """Write the overlay of a video; return the number of its frames.
 
-        What came before it broke off is kept.
+        What came before it broke off is kept. Raises ProgramError where nothing can be
+        read, or written.
         """
-        try:
-            with blaming(path, "a readable video", f"name {READABLE}"):
-                source = str(path.absolute())  # a colon would be a protocol
-                packets, measured, seconds, end = read_packets(source)
-                # the same stream; no varying rate is evened out; and square pixels
-                which = ["-map", "0:V:0", "-fps_mode", "passthrough"]
-                # mp4's colours want an even width, which NTSC's would not have
-                which += ["-vf", "scale='if(eq(sar,1),iw,2*round(iw*sar/2))':ih"]
-                frames = imageio_ffmpeg.read_frames(source, output_params=which)
-                facts = next(frames)
-                first = next(frames)
-        except ProgramError as error:
-            self.problems.append(str(error))
-            return 0
+        with blaming(path, "a readable video", f"name {READABLE}"):
+            source = str(path.absolute())  # a colon would be a protocol
+            packets, measured, seconds, end = read_packets(source)
+            # the same stream; no varying rate is evened out; and square pixels
+            which = ["-map", "0:V:0", "-fps_mode", "passthrough"]
+            # mp4's colours want an even width, which NTSC's would not have
+            which += ["-vf", "scale='if(eq(sar,1),iw,2*round(iw*sar/2))':ih"]
+            frames = imageio_ffmpeg.read_frames(source, output_params=which)
+            facts = next(frames)
+            first = next(frames)
         hidden = facts["codec"].startswith("vp8")  # some packets show nothing
         stated, rate = facts["fps"], measured or facts["fps"] or 25
         if stated and abs(rate / stated - 1) < (0.25 if hidden else 0.01):
@@ -2026,7 +2024,12 @@ class Prediction:
             except RuntimeError:  # of imageio_ffmpeg
                 self.problems.append(f"{path}: it breaks off in the middle of a frame")
 
-        with contextlib.closing(frames), self.writing(path):
+        with contextlib.closing(frames):
+            if max(width, height) > MP4_SIDE:
+                raise ProgramError(
+                    f"{path}: {width}x{height}: mp4 takes {MP4_SIDE:,} pixels a side: "
+                    "shrink it"
+                )
             target = self.folder / self.names[path]
             depth = stage_depth(width * height)
             segmented = segment(self.predictor, images(), depth)
@@ -2039,7 +2042,6 @@ class Prediction:
                 missing = f"{expected - done} of {expected} frames are missing"
                 self.problems.append(f"{path}: {missing}: it is damaged or cut off")
             return done
-        return 0
 
     def tint(self, sample):
         """Return the overlay of (path, image, road)."""
@@ -2530,9 +2532,14 @@ def named(run_dir):
 
 
 def check_name(name):
-    """Raise ProgramError for a --name that is none."""
-    if name and (name != Path(name).name or name[0] == "." or name == "index.html"):
-        raise ProgramError(f"--name {name}: not the plain name of a folder")
+    """Raise ProgramError for a --name that is none; index.html is the overview's."""
+    if not name:
+        return
+    plain = name == Path(name).name and name[0] != "." and name != "index.html"
+    if not plain or len(os.fsencode(name)) > 200:  # a number may follow
+        raise ProgramError(
+            f"--name {name}: not the plain name of a folder, of at most 200 bytes"
+        )
 
 
 def check_place(config):
@@ -2546,8 +2553,10 @@ def check_place(config):
         )
     if not config.resume:
         config.runs_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.runs_dir):
-            pass  # whoever may write this may write a run
+        if not os.access(config.runs_dir, os.W_OK | os.X_OK):
+            raise ProgramError(
+                f"{config.runs_dir}: nothing may be written there: set --runs-dir"
+            )
 
 
 def new_folder(runs_dir, name=None, suffix=""):

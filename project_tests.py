@@ -2506,13 +2506,17 @@ class Run(Program):
     def test_what_cannot_be_is_said_before_anything_is_downloaded(self):
         for name in "maybe_download_kitti_road", "prepare_device":
             self.patch(helper, name, mock.Mock(side_effect=AssertionError))
-        for name in "a/b", "..", ".a", "index.html":
+        for name in "a/b", "..", ".a", "index.html", 201 * "a":
             self.assert_refused(
                 1, "--name", name, said="not the plain name of a folder"
             )
+        with mock.patch.object(os, "access", return_value=False):
+            self.assert_refused(1, said=f"^{self.folder / 'runs'}: nothing may be wri")
         (self.folder / "file").touch()
         runs = self.folder / "file" / "runs"
         self.assert_refused(1, "--runs-dir", runs, said=f"^{runs}: Not a directory")
+        said = r"run\.json: not the record .* \(No such file or directory\): name another"
+        self.assert_line(self.call("--resume", self.folder / "typo"), said)
         vgg = "--weights", self.folder, "--vgg", self.folder / "vgg"
         self.assert_refused(2, *vgg, said="--weights replaces VGG-16 too")
 
@@ -3952,6 +3956,9 @@ class Devices(Program):
         self.assert_refused(
             1, said="^out of memory with --batch-size 5: lower it, --im"
         )
+        self.assert_refused(
+            1, "--batch-size", 1, said="^out of memory with --batch-size 1: lower --im"
+        )
         self.patch(helper, "largest_batch", mock.Mock(return_value=2))
         self.assert_refused(1, said="^out of memory with --batch-size 5: 2 should fit")
 
@@ -4172,12 +4179,13 @@ class Use(Program):
         self.assertEqual(self.use("--predict", path)[0], 0)
         self.assertEqual(helper.read_image(self.out() / path.name).shape, (64, 32, 3))
 
-    def video(self, path, size=(96, 48), rate=30, count=30):
+    def video(self, path, size=(96, 48), rate=30, count=30, codec="libx264"):
         """Write a video whose frames grow brighter."""
         video = imageio_ffmpeg.write_frames(
             str(path),
             size,
             fps=rate,
+            codec=codec,
             macro_block_size=1,
             pix_fmt_out="yuv444p",
             output_params=["-g", "10"],
@@ -4230,6 +4238,16 @@ class Use(Program):
         self.assert_line(self.use("--predict", path), said)
         kept = helper.read_packets(str(self.out() / "drive.mp4"))[0]
         self.assertEqual(kept, 20)
+
+    def test_a_video_too_wide_for_mp4_is_named_at_the_end_and_the_rest_goes_on(self):
+        wide = self.video(self.folder / "a.mkv", (16416, 32), count=1, codec="ffv1")
+        broken = self.folder / "broken.png"
+        broken.write_bytes(b"no image")
+        good = self.video(self.folder / "b.mkv", count=3)
+        result = self.use("--predict", broken, wide, good)
+        said = "left out: .*broken.png: .*; .*a.mkv: 16416x32: .* 16,384 pixels a side"
+        self.assert_line(result, said)
+        self.assertEqual(self.files(self.out()), ["b.mp4"])
 
     def test_a_video_that_ffmpeg_leaves_half_written_is_not_kept(self):
         path, write = self.video(self.folder / "drive.mp4"), imageio_ffmpeg.write_frames
