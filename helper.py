@@ -110,7 +110,7 @@ try:
         from tqdm import tqdm
 except KeyboardInterrupt:
     sys.exit(130)
-keras.config.set_image_data_format("channels_last")  # likewise
+keras.config.set_image_data_format("channels_last")  # whatever keras.json says
 
 
 class Stopped(KeyboardInterrupt):
@@ -392,7 +392,6 @@ def noting_signals(workers):
 
 # ------------------------------------------------------------------------- files
 
-VOID = 255
 IMAGES = ".png", ".jpg", ".jpeg"
 CORES = os.cpu_count()  # those of the machine, or the fewer that it is bound to
 if hasattr(os, "sched_getaffinity"):
@@ -601,7 +600,7 @@ def decoration(what):
     try:
         yield
     except Exception as error:  # noqa: BLE001 (whatever it is, the run goes on)
-        print(f"without {what}: {printable(first_line(error))}")
+        print(f"without {what}: {first_line(error)}")
 
 
 # ----------------------------------------------------------------------- devices
@@ -1221,6 +1220,7 @@ def maybe_draw_kitti_road(data_dir, training=60, testing=6):
 
 # -------------------------------------------------------------------------- data
 
+VOID = 255  # the id of what is not judged
 FULL_SET = 289, 290  # KITTI Road's training and test images
 
 
@@ -1400,9 +1400,11 @@ def check_stems(images):
 def check_tests(tests, folder, submission):
     """Raise ProgramError for a test image that would fail after hours of training."""
     in_parallel(read_image, tests, "looking at the test images")
-    missing = [path for path in tests if submission and read_homography(path) is None]
-    if submission and not tests:
+    if not submission:
+        return
+    if not tests:
         raise ProgramError(f"{folder} has no images: leave --submission out")
+    missing = [path for path in tests if read_homography(path) is None]
     if missing:
         raise ProgramError(
             f"{folder} has no {missing[0].stem}.txt ({len(missing)} of {len(tests)} "
@@ -1455,12 +1457,11 @@ def split_holdout(samples, fraction):
     With 1/6 of the full set these are the 48 images of KittiSeg's val3 list; and
     neighbouring frames, nearly equal, stay on one side.
     """
+    groups = collections.defaultdict(list)
+    for sample in samples:
+        groups[category(sample.image)].append(sample)
     training, holdout = [], []
-    by_category = sorted(samples, key=lambda sample: category(sample.image))
-    for _, group in itertools.groupby(
-        by_category, lambda sample: category(sample.image)
-    ):
-        group = list(group)
+    for _, group in sorted(groups.items()):
         cut = len(group) - round(len(group) * fraction)
         training += group[:cut]
         holdout += group[cut:]
@@ -1514,7 +1515,8 @@ class Decoded:
             self.labels = tf.Variable(tf.zeros((count, *image_shape), tf.uint8))
         in_parallel(self.decode, range(count), "decoding")
         if count:
-            need_both_classes(self.pixels.sum(axis=0), f"{count_of(count, 'image')}")
+            which = f"{count_of(count, 'image')} from {samples[0].label} on"
+            need_both_classes(self.pixels.sum(axis=0), which)
 
     def decode(self, row):
         """Fill a row with its sample."""
@@ -1562,8 +1564,9 @@ class Batches:
         It is endless: workers would have to agree on an end at every step.
         """
         steps = iter(
-            self.device.strategy.distribute_datasets_from_function(
-                functools.partial(self.training_on_worker, step)
+            self.on_workers(
+                self.training_part,
+                lambda local: tf.data.Dataset.counter(step * local),
             )
         )
         if self.device.replicas > 1:
@@ -1572,23 +1575,21 @@ class Batches:
 
     def in_order(self):
         """Return every sample once, as it is, in order."""
-        return self.device.strategy.distribute_datasets_from_function(
-            self.ordered_on_worker
+        batches = -(-self.count // self.batch_size)
+        return self.on_workers(
+            self.ordered_part, lambda local: tf.data.Dataset.range(batches * local)
         )
 
-    def training_on_worker(self, step, context):
-        """Return what a worker's replicas get of the training steps, one by one."""
-        local = context.num_replicas_in_sync // context.num_input_pipelines
-        indices = tf.data.Dataset.counter(step * local)
-        part = functools.partial(self.training_part, context)
-        return self.prefetched(indices.map(part, num_parallel_calls=AHEAD))
+    def on_workers(self, part, indices):
+        """Return part(context, index) for the indices(replicas) of each worker."""
 
-    def ordered_on_worker(self, context):
-        """Return what a worker's replicas get of all samples, one by one."""
-        local = context.num_replicas_in_sync // context.num_input_pipelines
-        indices = tf.data.Dataset.range(-(-self.count // self.batch_size) * local)
-        part = functools.partial(self.ordered_part, context)
-        return self.prefetched(indices.map(part, num_parallel_calls=AHEAD))
+        def on_worker(context):
+            local = context.num_replicas_in_sync // context.num_input_pipelines
+            of_index = functools.partial(part, context)
+            parts = indices(local).map(of_index, num_parallel_calls=AHEAD)
+            return self.prefetched(parts)
+
+        return self.device.strategy.distribute_datasets_from_function(on_worker)
 
     @tf.autograph.experimental.do_not_convert
     def training_part(self, context, index):
@@ -1644,7 +1645,7 @@ class Batches:
         dataset = dataset.with_options(options)
         gpus = tf.config.list_logical_devices("GPU")
         if self.device.replicas > 1 or not gpus:
-            return dataset  # it is there; several replicas fetch it themselves
+            return dataset  # the CPU has it already; several replicas fetch their own
         fetch = tf.data.experimental.prefetch_to_device(gpus[0].name, buffer_size=2)
         return dataset.apply(fetch).with_options(options)
 
@@ -1674,6 +1675,19 @@ VIDEOS = ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv
 MP4_SIDE = 16_384  # pixels that its encoder takes
 STATE_NOTHING = ".mpg", ".mpeg", ".ts"  # their length is what is in them
 READABLE = f"{', '.join(IMAGES)} or a video ({', '.join(VIDEOS)})"
+
+
+def need_two_classes(model, what):
+    """Raise ProgramError unless `model` tells background and road: `what` is for two.
+
+    Without this more classes would be scored or drawn as if the second were road.
+    """
+    classes = model.output_shape[-1]
+    if classes != 2:
+        raise ProgramError(
+            f"{what} are for two classes, background and road, not {classes}: train "
+            "more with train_nn, and use the logits"
+        )
 
 
 class Predictor:
@@ -1801,10 +1815,10 @@ def overlay(image, road):
     return np.asarray(picture)
 
 
-def thumbnail(pixels, width=480):
+def thumbnail(pixels):
     """Return uint8 `pixels` (H, W, 3) as small as the report shows test images."""
     image = Image.fromarray(pixels)
-    image.thumbnail((width, image.height), reducing_gap=None)
+    image.thumbnail((480, image.height), reducing_gap=None)
     return np.asarray(image)
 
 
@@ -1902,7 +1916,7 @@ def name_outputs(files):
     return names
 
 
-def predict(files, problems, predictor, runs_dir, name=None):
+def predict(files, problems, predictor, runs_dir, name):
     """Write overlays of the images and videos `files`.
 
     All go into a new folder in `runs_dir`: images under their own names, beside them
@@ -2193,19 +2207,6 @@ TRUTH = (255, 225, 0)  # outline of the ground truth
 ERRORS_WIDTH = 576  # pixels of the pictures of errors
 
 
-def need_two_classes(model, what):
-    """Raise ProgramError unless `model` tells background and road: `what` is for two.
-
-    Without this more classes would be scored or drawn as if the second were road.
-    """
-    classes = model.output_shape[-1]
-    if classes != 2:
-        raise ProgramError(
-            f"{what} are for two classes, background and road, not {classes}: train "
-            "more with train_nn, and use the logits"
-        )
-
-
 def seen_cells(homography, image_shape):
     """Return the cells of KITTI Road's bird's-eye view that an image (H, W) shows.
 
@@ -2454,7 +2455,7 @@ def read_run(run_dir):
     with blaming(path, "the record of a run of this version", "name another folder"):
         record = json.loads(path.read_text())
         kinds = {
-            bool: ("finished", "trained"),
+            bool: ("trained",),
             str: ("state", "started", "images"),
             (int, float): ("seconds", "peak_memory"),
             dict: ("config", "defaults", "device", "data"),
@@ -2478,11 +2479,11 @@ def read_run(run_dir):
         return record
 
 
-def check_epoch(epoch, number):
-    """Raise ValueError unless `epoch` is the record of the epoch with that number."""
-    if not isinstance(epoch, dict) or epoch.get("epoch") != number:
+def check_epoch(record, number):
+    """Raise ValueError unless `record` is that of the epoch with that number."""
+    if not isinstance(record, dict) or record.get("epoch") != number:
         raise ValueError(f"history has no epoch {number} in its place")
-    for name, value in epoch.items():
+    for name, value in record.items():
         if type(value) not in (int, float) or not abs(value) < 1e30:
             raise ValueError(f"history: {name} of epoch {number} is {value!r}")
 
@@ -2503,11 +2504,12 @@ def has_weights(run_dir):
 def leave_if_finished(run_dir):
     """Return whether the run needs no resuming; say so, and remove what a kill left."""
     record = read_run(run_dir)
-    if record["finished"]:
+    finished = record["state"] == "finished"
+    if finished:
         remove_folder(run_dir / CHECKPOINTS)
         print(f"{run_dir} is finished; its weights are {run_dir / WEIGHTS}")
         print(f"to train on from them: {train_on(run_dir, record)}")
-    return record["finished"]
+    return finished
 
 
 def command(flag, path, rest=""):
@@ -2524,6 +2526,14 @@ def train_on(run_dir, record):
     if data_dir.absolute() != Path("data").absolute():
         rest += f" --data-dir {shlex.quote(str(data_dir))}"
     return command("--weights", run_dir, rest)
+
+
+def flattery(record):
+    """Return a remark on scores of images that were trained on; "" if none was."""
+    if not record["seen_holdout"]:
+        return ""
+    seen, total = record["seen_holdout"], record["data"]["holdout"]
+    return f"{seen} of the {total} images were trained on too: the scores flatter"
 
 
 def named(run_dir):
@@ -2559,9 +2569,8 @@ def check_place(config):
             )
 
 
-def new_folder(runs_dir, name=None, suffix=""):
+def new_folder(runs_dir, name, suffix=""):
     """Make a folder in `runs_dir`: `name`, or the time; numbered if taken."""
-    check_name(name)
     name = name or time.strftime("%Y%m%d-%H%M%S") + suffix
     runs_dir.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
@@ -2632,17 +2641,19 @@ def open_run(config, network, split, device):
 
 
 class Run:
-    """A run: its folder and record, its state, weights, checkpoints and pictures.
-
-    Of several workers only the chief writes.
-    """
+    """A run: its folder and record, its state, weights, checkpoints and pictures."""
 
     def __init__(self, path, config, network, split, digests, seen, device):
         self.path, self.config, self.network = path, config, network
         self.split, self.digests, self.device = split, digests, device
-        self.record = {"finished": False, "trained": False, "seconds": 0.0}
-        self.record |= {"peak_memory": 0}
-        self.record |= {"resumed": [], "history": [], "seen_before": seen}
+        self.record = {
+            "trained": False,
+            "seconds": 0.0,
+            "peak_memory": 0,  # bytes
+            "resumed": [],
+            "history": [],
+            "seen_before": seen,
+        }
         if config.resume:
             self.take_up()
         self.record |= self.facts() | {"scores": {}, "curves": {}, "holdout": {}}
@@ -2663,12 +2674,13 @@ class Run:
     @property
     def has_weights(self):
         """Whether weights of this very run are there to go on from."""
-        return bool(self.config.resume) and has_weights(self.config.resume)
+        return self.record["trained"] or bool(find_checkpoints(self.path))
 
     def take_up(self):
         """Take over the record of the run that is resumed."""
         record = read_run(self.path)
-        if record["finished"]:  # while this program looked at the data
+        self.record |= record
+        if record["state"] == "finished":  # while this program looked at the data
             raise ProgramError(f"{self.path} is finished: nothing to go on with")
         with blaming(self.path, "a run of this network", "begin a new one"):
             check_network(record, self.network)
@@ -2687,7 +2699,6 @@ class Run:
                 f"{self.path} has been trained for all its {epochs} epochs: leave "
                 f"--epochs out, or train on: {train_on(self.path, record)}"
             )
-        self.record |= record
 
     def facts(self):
         """Return what run.json says of settings, network, device and data."""
@@ -2710,7 +2721,6 @@ class Run:
             "config": config,
             "defaults": defaults,
             "network": self.network,
-            "device": self.device.facts(),
             "data": self.split.counts(),
             "images": self.digests.whole,
             "seen_holdout": sum(digest in seen for digest in self.digests.holdout),
@@ -2804,27 +2814,28 @@ class Run:
         if self.stop.signum is not None:
             raise Stopped(self.stop.signum)
 
-    def end_epoch(self, score, epoch):
+    def end_epoch(self, score, epoch_record):
         """Add the hold-out's scores to the record of an epoch, and keep the epoch."""
-        epoch |= score()
-        epoch["learning_rate"] = float(self.state.optimizer.learning_rate)
+        epoch_record |= score()
+        epoch_record["learning_rate"] = float(self.state.optimizer.learning_rate)
         if self.device.chief:
-            self.keep(epoch)
+            self.keep(epoch_record)
         stops = self.stop.signum is not None
         if self.device.workers > 1 and self.device.mean(stops):  # all stop, or none
             self.stop.signum = self.stop.signum or signal.SIGTERM
             self.stop.set()
 
-    def keep(self, epoch):
+    def keep(self, epoch_record):
         """Record an epoch, then print it; write a checkpoint where one is due."""
         self.wait_for_writer()
-        self.record["history"].append(epoch)
+        epoch, epochs = epoch_record["epoch"], self.config.epochs
+        self.record["history"].append(epoch_record)
         with decoration("a frame of progress.gif"):
-            self.keep_frame(epoch["epoch"])
+            self.keep_frame(epoch)
         self.writing = self.writer.submit(write_run, self.path, self.as_text())
-        print(epoch_line(epoch, self.config.epochs))
+        print(epoch_line(epoch_record, epochs))
         due = time.monotonic() - self.saved_time >= 60 * self.config.checkpoint_minutes
-        if due and epoch["epoch"] < self.config.epochs:
+        if due and epoch < epochs:
             self.save()
 
     def save(self):
@@ -2859,11 +2870,13 @@ class Run:
 
     def write_weights(self):
         """Write the weights as they are now, with what they are of."""
-        facts = {"image_height": self.config.image_height}
-        facts |= {"image_width": self.config.image_width}
-        facts |= {name: self.record[name] for name in ("network", "config", "versions")}
-        facts |= {"run": named(self.path).name}
-        facts |= {"step": int(self.state.step.numpy())}
+        facts = {
+            "run": named(self.path).name,
+            "step": int(self.state.step.numpy()),
+            "network": self.network,
+            "config": self.record["config"],
+            "versions": self.record["versions"],
+        }
         write_weights(self.state.model, self.path / WEIGHTS, facts, self.seen())
 
     def score(self):
@@ -2875,7 +2888,7 @@ class Run:
 
     def finish(self):
         """Record that the run is finished; say what came of it."""
-        self.record |= {"finished": True, "state": "finished"}
+        self.record["state"] = "finished"
         self.write()
         if self.record["scores"]:
             measures = self.record["scores"]["image"]["urban"]
@@ -2893,16 +2906,14 @@ class Run:
         """Record how the run ended; remove its folder where nothing came of it."""
         with contextlib.suppress(Exception):
             self.wait_for_writer()
-        weights = (self.path / WEIGHTS).exists()
-        there = self.record["trained"] or find_checkpoints(self.path)
+        weights, there = (self.path / WEIGHTS).exists(), self.has_weights
         if not (self.config.resume or weights or there or self.record["history"]):
             shutil.rmtree(self.path, ignore_errors=True)
             write_overview(self.path.parent)
             return
         stopped = isinstance(error, KeyboardInterrupt)
         if self.may_write:
-            state = "stopped" if stopped else "failed"
-            self.record |= {"finished": False, "state": state}
+            self.record["state"] = "stopped" if stopped else "failed"
             with contextlib.suppress(OSError):
                 self.write()
         elif not stopped:  # the resumed run is as it was, and the error says what to do
@@ -2953,13 +2964,13 @@ def write_overview(runs_dir):
         part.write_text(overview(runs_dir), "utf-8")
 
 
-def epoch_line(epoch, epochs):
+def epoch_line(record, epochs):
     """Return the line of an epoch; the rest of its record is in run.json."""
-    line = f"epoch {epoch['epoch']}/{epochs}  loss {epoch['loss']:.4f}"
-    if "MaxF" in epoch:
-        line += f"  hold-out {epoch['holdout_loss']:.4f}  MaxF {epoch['MaxF']:.2f}"
-        line += f"  IoU {epoch['IoU']:.2f}"
-    return line + f"  {epoch['seconds']:.0f} s"
+    line = f"epoch {record['epoch']}/{epochs}  loss {record['loss']:.4f}"
+    if "MaxF" in record:
+        line += f"  hold-out {record['holdout_loss']:.4f}  MaxF {record['MaxF']:.2f}"
+        line += f"  IoU {record['IoU']:.2f}"
+    return line + f"  {record['seconds']:.0f} s"
 
 
 def check_finite(model):
@@ -3024,10 +3035,11 @@ def read_weights_settings(path, network):
             raise ValueError("it does not say its input size and network")
         facts = json.loads(file.attrs[FACTS])
         check_network(facts, network)
-        shape = facts["image_height"], facts["image_width"]
+        config = facts["config"]
+        shape = config["image_height"], config["image_width"]
         if not all(type(side) is int and side > 0 and side % 32 == 0 for side in shape):
             raise ValueError(f"its input size is {shape}")
-        fraction = facts["config"]["holdout_fraction"]
+        fraction = config["holdout_fraction"]
         if type(fraction) not in (int, float) or not 0 <= fraction < 1:
             raise ValueError(f"its hold-out fraction is {fraction}")
         settings = {"image_height": shape[0], "image_width": shape[1]}
@@ -3237,14 +3249,6 @@ def clock(seconds):
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def flattery(record):
-    """Return a remark on scores of images that were trained on; "" if none was."""
-    if not record["seen_holdout"]:
-        return ""
-    seen, total = record["seen_holdout"], record["data"]["holdout"]
-    return f"{seen} of the {total} images were trained on too: the scores flatter"
-
-
 def latest_measures(record):
     """Return MaxF and IoU in percent, and how they were measured; or {} and why not."""
     if measures := record["scores"].get("image", {}).get("urban"):
@@ -3313,7 +3317,7 @@ def value_axis(title, values, log=False):
     return Axis(title, ticks, ticks[0], ticks[-1], log)
 
 
-def plot(title, lines, across, up, marks=()):
+def plot(title, lines, across, up, marks):
     """Return a figure of {name: [(x, y), ...]} on two axes.
 
     `marks` are dots (x, y, name, words to hover). What leaves the axes is cut off.
@@ -3352,7 +3356,7 @@ def plot(title, lines, across, up, marks=()):
     )
 
 
-def chart(title, lines, log=False):
+def chart(title, lines, log):
     """Return a figure of {name: [(epoch, value), ...]}, few points with dots."""
     last = max(epoch for line in lines.values() for epoch, _ in line)
     step = next(int(step) for step in ROUND if step >= max(last / 8, 1))
@@ -3642,11 +3646,10 @@ def overview(runs_dir):
         when = re.sub(r"\D", "", started or path.name)[:14]
         rows.append((when, path.name, cells))
     rows.sort(reverse=True)
-    body = [
-        f"<h1>{count_of(len(rows), 'run')}</h1><p>Scores of the hold-out over all categories, in"
-    ]
-    body.append("percent; with ~ as they were in training, at the network's size and")
-    body.append("without the mirror image, until the run scores them as they are used.")
+    body = [f"<h1>{count_of(len(rows), 'run')}</h1>"]
+    body.append("<p>Scores of the hold-out over all categories, in percent; with ~ as")
+    body.append("they were in training, at the network's size and without the mirror")
+    body.append("image, until the run scores them as they are used.")
     for name in "MaxF", "IoU":
         body.append(f"<br><b>{name}</b>: {MEASURES[name]}.")
     body.append('</p><p class="hint">The table scrolls sideways.</p>')

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_type_hints
+from typing import Annotated, NamedTuple, get_args
 
 import helper  # first: it brings TensorFlow up without its remarks
 from helper import VOID, ProgramError
@@ -139,13 +139,11 @@ def settings_parser():
         parser.exit(2, f"{message}: see main.py --help\n")
 
     parser.error = error
-    hints = get_type_hints(Config, include_extras=True)
     metavars = {int: "N", float: "X", str: "NAME", Path: "PATH", list: "PATH"}
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
-        kind = hints[field.name].__origin__
-        allowed, meaning = hints[field.name].__metadata__
+        kind, allowed, meaning = get_args(field.type)
         if kind is bool:
             group.add_argument(flag(field.name), action="store_true", help=meaning)
             continue
@@ -185,9 +183,9 @@ def parse(argv):
         parser.error(f"{flag(min(idle))} does not go with --export")
     if "resume" in given and (fixed := given - RESUMING):
         parser.error(f"{flag(min(fixed))} is that of the run: leave it out")
-    if "weights" in given and parsed["vgg"] not in (None, *NO_FILE):
-        parser.error("--weights replaces VGG-16 too: leave --vgg out")
     if "weights" in given:
+        if parsed["vgg"] not in (None, *NO_FILE):
+            parser.error("--weights replaces VGG-16 too: leave --vgg out")
         settings = helper.read_weights_settings(parsed["weights"], NETWORK)
         parser.set_defaults(**settings)
     if "resume" in given:
@@ -566,7 +564,7 @@ def holdout_step(model, strategy, images, labels):
 def evaluate(model, batches, device=None):
     """Return the hold-out's loss and scores at network size, {} without images.
 
-    For each epoch, so without the mirror image. `batches` are images, labels and
+    Called after every epoch, so without the mirror image. `batches` are images, labels and
     weights; `model` has two classes.
     """
     helper.need_two_classes(model, "scores")
@@ -659,9 +657,15 @@ def train_nn(
                 if stopping:
                     return
         loss, l2, norm = totals[:3] / totals[4]  # not all steps, after an interrupt
-        record = {"epoch": epoch, "step": step, "loss": loss, "l2": l2}
-        record |= {"gradient_norm": norm, "seconds": totals[3]}
-        record["images_per_second"] = totals[4] * batches.batch_size / totals[3]
+        record = {
+            "epoch": epoch,
+            "step": step,
+            "loss": loss,
+            "l2": l2,
+            "gradient_norm": norm,
+            "seconds": totals[3],
+            "images_per_second": totals[4] * batches.batch_size / totals[3],
+        }
         state.epoch.assign(epoch)
         state.totals.assign(tf.zeros_like(totals))
         end_epoch(record)

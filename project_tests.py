@@ -2108,11 +2108,12 @@ class Scores(Case):
 # --------------------------------------------------------------------------- run
 
 
-def save_weights(model, path, **facts):
+WEIGHTS_OF = {"image_height": 32, "image_width": 96, "holdout_fraction": 0.1667}
+
+
+def save_weights(model, path, network=main.NETWORK, config=WEIGHTS_OF):
     """Write a weight file as a run does."""
-    size = {"image_height": 32, "image_width": 96}
-    config = {"holdout_fraction": 0.1667}
-    facts = size | {"network": main.NETWORK, "config": config} | facts
+    facts = {"network": network, "config": config}
     with contextlib.redirect_stdout(io.StringIO()):
         helper.write_weights(model, path, facts, seen=[])
 
@@ -2205,7 +2206,7 @@ class Program(Case):
             file.visititems(keep)
         self.assertEqual(len(weights), 15 + 1)  # and what images they have seen
         record = json.loads((run_dir / "run.json").read_text())
-        self.assertTrue(record["finished"])
+        self.assertEqual(record["state"], "finished")
         self.assertFalse((run_dir / "checkpoint").exists())
         for epoch in record["history"]:
             self.assertGreater(epoch.pop("seconds"), 0)
@@ -2247,7 +2248,7 @@ class Run(Program):
         names |= {"index.html", "progress.gif", "errors", "thumbnails"}
         self.assertEqual({path.name for path in run_dir.iterdir()}, names)
         run = json.loads((run_dir / "run.json").read_text())
-        self.assertTrue(run["finished"])
+        self.assertEqual(run["state"], "finished")
         self.assertEqual(run["config"]["learning_rate"], 0.01)
         self.assertEqual(run["config"]["batch_size"], 5)
         self.assertEqual(run["data"], {"training": 15, "holdout": 3, "test": 3})
@@ -2483,7 +2484,8 @@ class Run(Program):
         here = sorted(path.name for path in run_dir.iterdir())
         names = ["checkpoint", "fcn8s.weights.h5", "index.html", "progress.gif"]
         self.assertEqual(here, [*names, "run.json"])
-        self.assertFalse(json.loads((run_dir / "run.json").read_text())["finished"])
+        record = json.loads((run_dir / "run.json").read_text())
+        self.assertEqual(record["state"], "failed")
 
     def test_a_failure_in_training_keeps_the_epochs_before_it(self):
         ends = [scored(30), ProgramError("the hold-out loss is nan")]
@@ -2515,7 +2517,9 @@ class Run(Program):
         (self.folder / "file").touch()
         runs = self.folder / "file" / "runs"
         self.assert_refused(1, "--runs-dir", runs, said=f"^{runs}: Not a directory")
-        said = r"run\.json: not the record .* \(No such file or directory\): name another"
+        said = (
+            r"run\.json: not the record .* \(No such file or directory\): name another"
+        )
         self.assert_line(self.call("--resume", self.folder / "typo"), said)
         vgg = "--weights", self.folder, "--vgg", self.folder / "vgg"
         self.assert_refused(2, *vgg, said="--weights replaces VGG-16 too")
@@ -2552,7 +2556,7 @@ class Run(Program):
         self.assertEqual(record["config"]["precision"], "auto")
         self.assertEqual(record["device"]["precision"], "bfloat16")
         del record["device"]["precision"]
-        path.write_text(json.dumps(record | {"finished": False}))
+        path.write_text(json.dumps(record | {"state": "stopped"}))
         self.assert_line(self.resume(), "config: no precision of the device")
 
     def test_ctrl_c_ends_it_with_one_line(self):
@@ -2991,7 +2995,7 @@ class Resume(Program):
         with mock.patch.object(helper.Run, "finish", stopped):
             self.assert_line(self.main(), "stopped by SIGTERM", 143)
         record = self.record()
-        self.assertEqual((record["finished"], record["state"]), (False, "stopped"))
+        self.assertEqual(record["state"], "stopped")
         code, output, _ = self.resume()
         self.assertEqual(code, 0)
         self.assertIn("resumed at step 6 of 6", output)
@@ -3283,7 +3287,7 @@ class Resume(Program):
             self.assertEqual(self.resume()[0], 0)
 
     def test_what_is_no_run_is_named(self):
-        record = a_record(finished=False)
+        record = a_record(state="stopped")
         wrong = {"seconds": 10**400}, {"seen_before": "0a"}, {"seen_before": [[]]}
         wrong += {"seconds": float("nan")}, {"peak_memory": 10**400}
         wrong += {"command": float("nan")}, {"state": "asleep"}, {"defaults": None}
@@ -3489,8 +3493,8 @@ class Damaged(Program):
             return record
 
         damages = {
-            "finished": [change("finished", to=value) for value in ("false", 0, None)],
-            "trained": [change("trained", to="yes")],
+            "trained": [change("trained", to=value) for value in ("yes", 0, None)],
+            "state": [change("state", to=value) for value in ("asleep", True, None)],
             "history": [
                 change("history", to={}),
                 change("history", 0, to="epoch"),
@@ -3522,9 +3526,9 @@ class Damaged(Program):
                     self.assert_line(result, rf"run\.json.*{field}")
                     self.assertEqual(self.files(run_dir), before)
                     self.assertEqual(path.read_text(), json.dumps(record))
-        del whole["finished"]
+        del whole["trained"]
         path.write_text(json.dumps(whole))
-        self.assert_line(self.resume(), r"run\.json.*finished is None")
+        self.assert_line(self.resume(), r"run\.json.*trained is None")
         self.assertEqual(self.files(run_dir), before)
 
     def test_foreign_files_and_what_a_kill_left_do_not_stop_a_resume(self):
@@ -3638,7 +3642,7 @@ class Damaged(Program):
         self.assertEqual(own_lines(errors), [said])
         (run_dir,) = runs.glob("*/")
         record = json.loads((run_dir / "run.json").read_text())
-        self.assertTrue(record["finished"])
+        self.assertEqual(record["state"], "finished")
         output = helper.Stream(mock.Mock(write=mock.Mock(side_effect=OSError(28, "x"))))
         with tempfile.TemporaryFile() as file:
             output.stream.fileno = file.fileno
@@ -3763,7 +3767,7 @@ class Devices(Program):
 
     def outcome(self, run_dir):
         record = json.loads((run_dir / "run.json").read_text())
-        self.assertTrue(record["finished"])
+        self.assertEqual(record["state"], "finished")
         weights = self.trained(run_dir).trainable_variables
         return record, [w.numpy() for w in weights]
 
@@ -4454,6 +4458,10 @@ class Use(Program):
             ours = helper.read_image(self.out() / "a.png")
             np.testing.assert_array_equal(ours, expected)
         self.weights = alone
+
+        def of(**settings):
+            return {"config": WEIGHTS_OF | settings}
+
         for said, facts in (
             (
                 r"its classes are \['cat', 'road'\]",
@@ -4463,10 +4471,10 @@ class Use(Program):
                 r"its pool_scales are None, not \[0.01, 0.1\]",  # of an older version
                 {"network": {"classes": main.CLASSES}},
             ),
-            (r"its input size is \(33, 96\)", {"image_height": 33}),
-            (r"its input size is \(32, '96'\)", {"image_width": "96"}),
-            ("its hold-out fraction is 2", {"config": {"holdout_fraction": 2}}),
-            ("'holdout_fraction'", {"config": {}}),
+            (r"its input size is \(33, 96\)", of(image_height=33)),
+            (r"its input size is \(32, '96'\)", of(image_width="96")),
+            ("its hold-out fraction is 2", of(holdout_fraction=2)),
+            ("'image_height'", {"config": {}}),
         ):
             save_weights(self.model, alone, **facts)
             self.assert_line(
@@ -4565,7 +4573,7 @@ def a_record(**changes):
         "uu_000002": {"category": "uu", "IoU50": 40.25, "missed": 33.5, "false": 2.5},
         "um_000003": {"category": "um", "IoU50": 70.0, "missed": 3.0, "false": 4.0},
     }
-    record = {"finished": True, "state": "finished", "seconds": 3725.4}
+    record = {"state": "finished", "seconds": 3725.4}
     record |= {"trained": True, "seen_before": [], "seen_holdout": 0}
     record |= {"started": "2026-11-24 13:00:05", "updated": "2026-11-24 14:02:11"}
     record |= {"command": "python main.py --epochs 3", "peak_memory": 9_120_000_000}
@@ -4692,7 +4700,7 @@ class RunPage(Folder):
 
     def test_states_are_told_apart_and_only_a_running_page_reloads(self):
         for state in "running", "stopped", "failed", "finished":
-            page = self.page(state=state, finished=state == "finished")
+            page = self.page(state=state)
             self.assertEqual([text for _, text in page.all("span", "state")], [state])
             self.assertEqual(len(page.all("span", state)), 1)
             refresh = [a["content"] for a, _ in page.all("meta") if "http-equiv" in a]
@@ -4913,7 +4921,6 @@ class Overview(Folder):
             "my run",
             a_record(
                 state="stopped",
-                finished=False,
                 scores={},
                 config=config | other,
                 started="2026-12-01 00:00:00",
@@ -4921,9 +4928,7 @@ class Overview(Folder):
         )
         self.write(
             "20261130-000000",
-            a_record(
-                state="failed", finished=False, seconds=9, started="2026-11-30 00:00"
-            ),
+            a_record(state="failed", seconds=9, started="2026-11-30 00:00"),
         )
         (self.folder.parent / "20261201-111111").mkdir()  # predictions
         (self.folder.parent / "index.html").write_text("")
@@ -4946,7 +4951,7 @@ class Overview(Folder):
         self.assertIn(helper.MEASURES["MaxF"], page.text)
 
     def test_a_run_that_was_killed_is_not_called_running(self):
-        record = a_record(state="running", finished=False)
+        record = a_record(state="running")
         for name in "at work", "killed", "copied":
             self.write(name, record)
         lock = self.folder.parent / "killed/checkpoint/.run.lock"
@@ -4959,7 +4964,7 @@ class Overview(Folder):
         self.assertTrue(lock.exists())
 
     def test_a_run_that_ends_while_it_is_looked_at_is_not_called_stopped(self):
-        record, read = a_record(state="running", finished=False), helper.read_run
+        record, read = a_record(state="running"), helper.read_run
         self.write("at work", record)
         lock = helper.locked(self.folder.parent / "at work/checkpoint/run")
         lock.__enter__()
@@ -4985,7 +4990,7 @@ class Overview(Folder):
         ]
         for index, text in enumerate(texts):
             self.write(f"d{index}", text)
-        (self.folder / "run.json").write_bytes(b'{"finished": "\xff"}')
+        (self.folder / "run.json").write_bytes(b'{"state": "\xff"}')
         (self.folder.parent / "folder/run.json").mkdir(parents=True)
         (self.folder.parent / "lost").mkdir()
         (self.folder.parent / "lost/run.json").symlink_to("nowhere")
