@@ -1581,7 +1581,10 @@ class Batches:
         )
 
     def on_workers(self, part, indices):
-        """Return part(context, index) for the indices(replicas) of each worker."""
+        """Return what each worker's replicas get: part(context, index), one by one.
+
+        `indices` makes the indices of a worker, from how many replicas it has.
+        """
 
         def on_worker(context):
             local = context.num_replicas_in_sync // context.num_input_pipelines
@@ -2496,9 +2499,9 @@ def check_network(facts, network):
             raise ValueError(f"its {name} are {found.get(name)}, not {expected}")
 
 
-def has_weights(run_dir):
+def has_weights(run_dir, record):
     """Return whether weights of this very run are there to go on from."""
-    return read_run(run_dir)["trained"] or bool(find_checkpoints(run_dir))
+    return record["trained"] or bool(find_checkpoints(run_dir))
 
 
 def leave_if_finished(run_dir):
@@ -2563,10 +2566,14 @@ def check_place(config):
         )
     if not config.resume:
         config.runs_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(config.runs_dir, os.W_OK | os.X_OK):
+        try:
+            with tempfile.TemporaryFile(dir=config.runs_dir):
+                pass  # whoever may write this may write a run
+        except OSError as error:
             raise ProgramError(
-                f"{config.runs_dir}: nothing may be written there: set --runs-dir"
-            )
+                f"{config.runs_dir}: nothing may be written there ({error.strerror}): "
+                "set --runs-dir"
+            ) from error
 
 
 def new_folder(runs_dir, name, suffix=""):
@@ -2674,7 +2681,7 @@ class Run:
     @property
     def has_weights(self):
         """Whether weights of this very run are there to go on from."""
-        return self.record["trained"] or bool(find_checkpoints(self.path))
+        return has_weights(self.path, self.record)
 
     def take_up(self):
         """Take over the record of the run that is resumed."""
@@ -2828,7 +2835,8 @@ class Run:
     def keep(self, epoch_record):
         """Record an epoch, then print it; write a checkpoint where one is due."""
         self.wait_for_writer()
-        epoch, epochs = epoch_record["epoch"], self.config.epochs
+        epoch = epoch_record["epoch"]
+        epochs = self.config.epochs
         self.record["history"].append(epoch_record)
         with decoration("a frame of progress.gif"):
             self.keep_frame(epoch)
@@ -2906,7 +2914,8 @@ class Run:
         """Record how the run ended; remove its folder where nothing came of it."""
         with contextlib.suppress(Exception):
             self.wait_for_writer()
-        weights, there = (self.path / WEIGHTS).exists(), self.has_weights
+        weights = (self.path / WEIGHTS).exists()
+        there = self.has_weights
         if not (self.config.resume or weights or there or self.record["history"]):
             shutil.rmtree(self.path, ignore_errors=True)
             write_overview(self.path.parent)

@@ -564,8 +564,8 @@ def holdout_step(model, strategy, images, labels):
 def evaluate(model, batches, device=None):
     """Return the hold-out's loss and scores at network size, {} without images.
 
-    Called after every epoch, so without the mirror image. `batches` are images, labels and
-    weights; `model` has two classes.
+    Called after every epoch, so without the mirror image. `batches` are images, labels
+    and weights; `model` has two classes.
     """
     helper.need_two_classes(model, "scores")
     strategy = (device or helper.Device()).strategy
@@ -679,7 +679,9 @@ def train_nn(
 def prepare(config):
     """Return the Split of the data and VGG-16's path; download or draw what lacks."""
     vgg_path = config.vgg
-    if config.weights or (config.resume and helper.has_weights(config.resume)):
+    run_dir = config.resume
+    goes_on = run_dir and helper.has_weights(run_dir, helper.read_run(run_dir))
+    if config.weights or goes_on:
         vgg_path = None
     elif vgg_path not in NO_FILE and not Path(vgg_path).is_file():
         raise ProgramError(f"{vgg_path}: not a file: correct --vgg")

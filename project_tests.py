@@ -1531,8 +1531,7 @@ class Optimize(Case):
     @functools.cache
     def plain_steps(cls):
         """Return the five steps of a plain program."""
-        test = cls()
-        return test.five_steps()
+        return cls().five_steps()
 
     def five_steps(self, **how):
         """Return what five steps return, and the weights after them."""
@@ -1963,7 +1962,9 @@ class TrainNn(Case):
             self.train(np.tile(values, (20, 1)), epochs=20, steps=50)
         words = "an epoch takes about 10 s, what is left of the training 3.3 minutes\n"
         self.assertEqual(said.getvalue(), words)
-        sizes = [len(call.args[0]) for call in stack.call_args_list][: 2 + 12]
+        sizes = [len(call.args[0]) for call in stack.call_args_list]
+        self.assertEqual(sum(sizes), 20 * 50)
+        sizes = sizes[: 2 + 12]
         self.assertEqual(sizes[:2], [1, 1])  # their time is told
         self.assertTrue(all(4 <= size <= 6 for size in sizes[2:-1]), sizes)
 
@@ -2158,7 +2159,7 @@ def noise():
 
 
 def find_half(model):
-    """Shift the road of `model` until half of the noise is road; few epochs find none."""
+    """Shift `model` until half of the noise is road; few epochs find none."""
     for _ in range(8):
         road = predict_road(model, noise()[None])
         odds = float(np.median(np.log(road / (1 - road))))
@@ -2599,7 +2600,8 @@ class Run(Program):
             self.assert_refused(
                 1, "--name", name, said="not the plain name of a folder"
             )
-        with mock.patch.object(os, "access", return_value=False):
+        refused = PermissionError(errno.EACCES, "Permission denied")
+        with mock.patch.object(tempfile, "TemporaryFile", side_effect=refused):
             self.assert_refused(1, said=f"^{self.folder / 'runs'}: nothing may be wri")
         (self.folder / "file").touch()
         runs = self.folder / "file" / "runs"
@@ -4543,6 +4545,13 @@ class Use(Program):
             helper.save_image(self.noise, self.folder / "x.png")
         self.assertEqual(list(self.folder.glob("*x.png")), [])
 
+    def test_a_full_disk_ends_it_all(self):
+        full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        self.patch(helper, "save_image", full)
+        result = self.use("--predict", self.pictures("a.png", "b.png"))
+        self.assert_line(result, "^the disk: No space left on device: make room")
+        self.assertEqual(list((self.folder / "out").iterdir()), [])
+
     def test_what_cannot_be_used_is_refused_with_one_line(self):
         for path, said in (
             (self.folder / "none.mp4", "none.mp4: no such file"),
@@ -5197,17 +5206,17 @@ class Report(Program):
         ours = record["holdout"][name]
         self.assertEqual(ours["category"], "uu")
         self.assertAlmostEqual(ours["IoU50"], 100 * both / either, places=1)
-        missed = (~found & (label == 1)).sum() / (label == 1).sum()
-        self.assertAlmostEqual(ours["missed"], 100 * missed, places=1)
-        false = (found & (label == 0)).sum() / (label == 0).sum()
-        self.assertAlmostEqual(ours["false"], 100 * false, places=1)
+        missed, false = ~found & (label == 1), found & (label == 0)
+        share = missed.sum() / (label == 1).sum()
+        self.assertAlmostEqual(ours["missed"], 100 * share, places=1)
+        share = false.sum() / (label == 0).sum()
+        self.assertAlmostEqual(ours["false"], 100 * share, places=1)
         errors = helper.read_image(run_dir / "errors" / f"{name}_errors.jpg")
         self.assertEqual(errors.shape, helper.read_image(image).shape)
-        right, wrong = found == (label == 1), ~found & (label == 1)
-        colour = helper.MISSED if wrong.any() else helper.FALSE
-        wrong = wrong if wrong.any() else found & (label == 0)
-        right &= label != VOID
-        self.assert_near(errors[wrong], colour, 45)  # and the outline
+        self.assertTrue(missed.any() and false.any())
+        for wrong, colour in (missed, helper.MISSED), (false, helper.FALSE):
+            self.assert_near(errors[wrong], colour, 45)  # and the outline
+        right = (label != VOID) & ~missed & ~false
         self.assert_near(errors[right], helper.read_image(image)[right])
         for path in sorted(run_dir.glob("*.png")):
             small = helper.read_image(run_dir / "thumbnails" / f"{path.stem}.jpg")
