@@ -124,11 +124,14 @@ OUT_OF_MEMORY = MemoryError, tf.errors.ResourceExhaustedError
 
 @contextlib.contextmanager
 def blaming(path, what, advice):
-    """Turn whatever goes wrong inside into a ProgramError: `path` is not `what`."""
+    """Turn what goes wrong with `path` inside into a ProgramError: it is not `what`.
+
+    A lack of memory, a device that fails and a worker that has ended pass.
+    """
     try:
         yield
     except (*OUT_OF_MEMORY, *WORKER_ENDED, *DEVICE_FAILED, ProgramError):
-        raise  # what is there may be good
+        raise
     except PermissionError as error:
         raise ProgramError(f"{path}: {error.strerror}: see who may read it") from error
     except Exception as error:  # decoders raise what they like
@@ -196,7 +199,7 @@ def explain(error):
     elif isinstance(error, OSError):
         message = f"{error.filename or 'the disk'}: {error.strerror or error}"
         if error.errno in FULL:
-            message += ": make room, or set --data-dir and --runs-dir"
+            message += ": make room, or name folders on another disk"
     elif isinstance(error, KeyboardInterrupt):
         signum = signal.Signals(*error.args or [signal.SIGINT])
         message, code = f"stopped by {signum.name}", 128 + signum
@@ -1504,7 +1507,7 @@ class Decoded:
         size, free = 4 * count * np.prod(image_shape, dtype=float), free_for_tensors()
         if size > free:
             raise ProgramError(
-                f"{count_of(count, 'image')} of {image_shape[1]}x{image_shape[0]} take "
+                f"{count_of(count, 'image')} of {image_shape[0]}x{image_shape[1]} take "
                 f"{size / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free: "
                 "lower --image-height and --image-width, or use fewer images"
             )
@@ -1873,7 +1876,7 @@ def find_inputs(paths):
     problems = []
     for path in paths:
         files = [path]
-        if path.is_dir():
+        if os.path.isdir(path):
             try:
                 files = [f for f in sorted(path.iterdir()) if f.name[0] != "."]
             except OSError as error:
@@ -1887,9 +1890,9 @@ def find_inputs(paths):
                 print(f"{left} in {path} left alone")
             files = known
         for file in files:
-            if not file.exists():
+            if not os.path.exists(file):
                 problems.append(f"{file}: no such file or folder")
-            elif not file.is_file():
+            elif not os.path.isfile(file):
                 problems.append(f"{file}: not a regular file")
             elif file.suffix.lower() not in IMAGES + VIDEOS:
                 problems.append(f"{file}: not {READABLE}")
@@ -1953,7 +1956,7 @@ class Prediction:
     """The overlays of one --predict: the folder, {file: name in it}, the problems.
 
     What is wrong with one file is noted as text, and the others go on; a full disk ends
-    it.
+    it, but for a video's.
     """
 
     def __init__(self, folder, predictor, names, problems):
@@ -1974,7 +1977,7 @@ class Prediction:
 
     @contextlib.contextmanager
     def noting(self, file):
-        """Note what is wrong with `file`; a full disk ends it all."""
+        """Note what is wrong with `file`; a full disk ends it, but for a video's."""
         try:
             yield
         except ProgramError as error:
@@ -2014,7 +2017,7 @@ class Prediction:
         What came before it broke off is kept. Raises ProgramError where nothing can be
         read, or written.
         """
-        with blaming(path, "a readable video", f"name {READABLE}"):
+        with blaming(path, "a readable video", "replace it, or leave it out"):
             source = str(path.absolute())  # a colon would be a protocol
             packets, measured, seconds, end = read_packets(source)
             # the same stream; no varying rate is evened out; and square pixels
@@ -2560,13 +2563,14 @@ def check_place(config):
     check_name(config.name)
     path = config.resume or config.runs_dir / (config.name or "")
     if re.search(r"[*?[\ud800-\udfff]", str(path)):
+        other = "rename it" if config.resume else "name another --runs-dir or --name"
         raise ProgramError(
             f"{path}: TensorFlow finds no checkpoint where * ? or [ is in the path, or "
-            "what is not UTF-8: name another --runs-dir or --name"
+            f"what is not UTF-8: {other}"
         )
     if not config.resume:
-        config.runs_dir.mkdir(parents=True, exist_ok=True)
         try:
+            config.runs_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=config.runs_dir):
                 pass  # whoever may write this may write a run
         except OSError as error:
@@ -3631,7 +3635,7 @@ def overview_row(path):
         f"{unsure}{measures['IoU']:.2f}" if measures else "",
         shown(done if done == config["epochs"] else f"{done} of {config['epochs']}"),
         shown(config["batch_size"]),
-        shown(f"{config['image_width']}x{config['image_height']}"),
+        shown(f"{config['image_height']}x{config['image_width']}"),
         shown(config.get("weights") or vgg.get(config["vgg"], config["vgg"])),
         clock(record["seconds"]),
         ", ".join(changed),

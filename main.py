@@ -84,8 +84,8 @@ class Config:
     data_dir: Annotated[Path, None, "where data and VGG-16 are"] = Path("data")
     runs_dir: Annotated[Path, None, "where runs write"] = Path("runs")
     name: Annotated[str, None, "of the folder in there (the time)"] = None
-    resume: Annotated[Path, None, "folder of the run to go on with"] = None
     checkpoint_minutes: Annotated[float, Range(0), "between checkpoints"] = 5.0
+    resume: Annotated[Path, None, "folder of the run to go on with"] = None
     weights: Annotated[Path, None, "a run or its fcn8s.weights.h5 to start from"] = None
     predict: Annotated[list, None, "images, folders and videos to segment"] = None
     export: Annotated[Path, None, "new folder for a SavedModel"] = None

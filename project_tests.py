@@ -2605,7 +2605,9 @@ class Run(Program):
             self.assert_refused(1, said=f"^{self.folder / 'runs'}: nothing may be wri")
         (self.folder / "file").touch()
         runs = self.folder / "file" / "runs"
-        self.assert_refused(1, "--runs-dir", runs, said=f"^{runs}: Not a directory")
+        self.assert_refused(
+            1, "--runs-dir", runs, said=rf"^{runs}: .*\(Not a directory\): set --runs"
+        )
         said = (
             r"run\.json: not the record .* \(No such file or directory\): name another"
         )
@@ -3200,6 +3202,8 @@ class Resume(Program):
         latin = self.folder / os.fsdecode(b"runs\xff")
         self.assert_line(self.main("--runs-dir", latin), "name another --runs-dir")
         self.assertEqual(self.run_dirs(), [])
+        shutil.copytree(self.reuse(until=4), runs)
+        self.assert_line(self.call("--resume", runs), "rename it")
 
     def test_weights_bring_the_holdout_that_they_do_not_know(self):
         self.assertEqual(self.main("--epochs", 1, "--holdout-fraction", 0)[0], 0)
@@ -4555,6 +4559,7 @@ class Use(Program):
     def test_what_cannot_be_used_is_refused_with_one_line(self):
         for path, said in (
             (self.folder / "none.mp4", "none.mp4: no such file"),
+            (self.folder / f"{'a' * 300}.png", "aa.png: no such file"),
             (self.weights.parent / "run.json", "run.json: not .png, .jpg, .jpeg or a"),
             (self.folder, "no .png, .jpg, .jpeg or a video"),
         ):
@@ -5067,11 +5072,11 @@ class Overview(Folder):
             rows,
             [
                 ["my run", "stopped", "2026-12-01 00:00", "~83.33", "~73.33"]
-                + ["3 of 40", "10", "576x160", "a/b.h5", "1:02:05", "l2 0.5, xla yes"],
+                + ["3 of 40", "10", "160x576", "a/b.h5", "1:02:05", "l2 0.5, xla yes"],
                 ["20261130-000000", "failed", "2026-11-30 00:00", "87.65", "78.90"]
-                + ["3", "5", "576x160", "VGG-16", "0:00:09", "l2 0.5"],
+                + ["3", "5", "160x576", "VGG-16", "0:00:09", "l2 0.5"],
                 ["20261124-130005", "finished", "2026-11-24 13:00", "87.65", "78.90"]
-                + ["3", "5", "576x160", "VGG-16", "1:02:05", "l2 0.5"],
+                + ["3", "5", "160x576", "VGG-16", "1:02:05", "l2 0.5"],
             ],
         )
         links = [a["href"] for a, _ in page.all("a")]
