@@ -91,6 +91,10 @@ def quietly():
             REMARKS.append(said.read().decode(errors="replace"))
 
 
+try:
+    tempfile.gettempdir()  # TensorFlow's import needs it
+except OSError as error:
+    sys.exit(f"{error.strerror}: make room there, or set TMPDIR")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, by the import
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever keras.json says
 # Else memory goes back to the system after each operation, and comes back zeroed: a
@@ -516,6 +520,10 @@ def _lock(name, path, wait):
                 raise ProgramError(
                     f"{path.parent}: another program works on this run: let it end"
                 ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return lock  # Lustre may be mounted without locks
         if _is_at(lock, name):
             return lock
         lock.close()  # of a file that its holder has removed
@@ -779,13 +787,18 @@ def free_memory():
     with contextlib.suppress(OSError, TypeError):  # where it does not say
         text = Path("/proc/meminfo").read_text()
         limits.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1]))
-    group = Path("/sys/fs/cgroup")  # of a container; "max" is no limit
-    with contextlib.suppress(OSError, ValueError):
-        used = int((group / "memory.current").read_text())
-        kinds = (group / "memory.stat").read_text()
-        cached = re.findall(r"^(?:in)?active_file (\d+)$", kinds, re.MULTILINE)
-        limit = int((group / "memory.max").read_text())
-        limits.append(limit - used + sum(map(int, cached)))
+    names = []  # of the groups of a batch job; a container's is the root
+    with contextlib.suppress(OSError, TypeError):
+        text = Path("/proc/self/cgroup").read_text()
+        names = re.search("^0::/(.*)$", text, re.MULTILINE)[1].split("/")
+    for depth in range(len(names) + 1):
+        group = Path("/sys/fs/cgroup").joinpath(*names[:depth])
+        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+            used = int((group / "memory.current").read_text())
+            kinds = (group / "memory.stat").read_text()
+            cached = re.findall(r"^(?:in)?active_file (\d+)$", kinds, re.MULTILINE)
+            limit = int((group / "memory.max").read_text())
+            limits.append(limit - used + sum(map(int, cached)))
     return min(limits)
 
 
@@ -886,7 +899,8 @@ def _receive(url, part, size):
     """
     have, limit = _length(part), size or MAX_FETCHED
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
-    timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
+    proxies = requests.utils.get_environ_proxies(url)  # these connect, then answer
+    timeout = (READ_TIMEOUT if proxies else CONNECT_TIMEOUT, READ_TIMEOUT)
     with requests.get(url, headers=headers, timeout=timeout, stream=True) as response:
         status, given = response.status_code, response.headers
         span = given.get("Content-Range", "")
@@ -903,6 +917,8 @@ def _receive(url, part, size):
             raise requests.RequestException("other bytes than those asked for")
         length = re.fullmatch("[0-9]{1,15}", given.get("Content-Length", ""))
         total = have + int(length[0]) if length else size
+        if whole := re.fullmatch(r"bytes \d+-\d+/(\d{1,15})", span, re.ASCII):
+            total = int(whole[1])  # of which a server may send a part
         if size and total != size:
             raise SourceError(f"{total:,} bytes long there, not {size:,}")
         if total and total > limit:
@@ -930,7 +946,7 @@ def _receive(url, part, size):
     if have > limit:
         part.unlink()
         raise SourceError(f"more than {limit:,} bytes come")
-    if size and have < size:
+    if total and have < total:
         raise requests.RequestException(f"it ended after {have:,} bytes")
 
 
@@ -959,6 +975,10 @@ def _fetch(url, part, size):
                 cause = str(getattr(cause, "reason", cause)).rpartition(">: ")[2]
                 raise SourceError(cause) from error
             time.sleep(PAUSES[max(failures - 1, 0)])
+        except OSError as error:
+            if error.errno is None:  # of requests, on certificates that are not there
+                raise SourceError(error) from error
+            raise
 
 
 def download(urls, path, size=None, md5=None, source=None):
@@ -2027,8 +2047,11 @@ class Prediction:
             frames = imageio_ffmpeg.read_frames(source, output_params=which)
             facts = next(frames)
             first = next(frames)
+            stated = facts["fps"]
+            if stated and abs(measured / stated - 2) < 0.01 and are_fields(source):
+                packets, measured = packets // 2, measured / 2
         hidden = facts["codec"].startswith("vp8")  # some packets show nothing
-        stated, rate = facts["fps"], measured or facts["fps"] or 25
+        rate = measured or stated or 25
         if stated and abs(rate / stated - 1) < (0.25 if hidden else 0.01):
             rate = stated  # where it is far off it is a bound, or a guess
         lost = seconds_lost(source, facts["duration"], end)
@@ -2114,6 +2137,24 @@ def read_packets(path, *others):
     span = (max(decoded) - min(decoded)) * units["0"]
     rate = (len(decoded) - 1) / span if span else 0
     return len(starts), rate, (max(ends) - min(starts)) * units["0"], last
+
+
+def are_fields(path):
+    """Return whether two packets of a video make a frame, as two seconds of it tell.
+
+    In H.264 each field of an interlaced frame may be a packet of its own.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostats", "-t", "2", "-i", path]
+    command += ["-map", "0:V:0", "-map", "0:V:0", "-c:v:0", "copy"]
+    done = subprocess.run(
+        [*command, "-fps_mode", "passthrough", "-f", "framecrc", "-"],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    packets = len(re.findall(b"^0,", done.stdout, re.MULTILINE))
+    frames = len(re.findall(b"^1,", done.stdout, re.MULTILINE))
+    return packets > 1.5 * frames
 
 
 def seconds_lost(path, stated, end):
@@ -3003,6 +3044,9 @@ def write_weights(model, path, facts, seen):
     print(f"writing {path.name}: {size / 1e6:,.0f} MB")
     with written(path, flush=True) as part:
         try:
+            with open(part, "wb") as file:  # HDF5 may crash on a quota, too
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
             model.save_weights(part)
             with h5py.File(part, "r+") as file:
                 file.attrs[FACTS] = json.dumps(facts, default=str)
@@ -3136,6 +3180,7 @@ def write_checkpoint(state, run_dir, number):
     try:
         state.write(str(path))
     except tf.errors.OpError as error:
+        path.with_suffix(".index").unlink(missing_ok=True)  # it may be half written
         raise ProgramError(
             f"{path}: {error.message}: the checkpoint before it is kept; make room, "
             "or see who may write, then resume"
