@@ -1246,7 +1246,7 @@ class Data(Case):
         samples = self.samples(7)
         self.patch(helper, "read_image", None)
         self.patch(helper, "free_for_tensors", lambda: 4 * 7 * 32 * 64 - 1)
-        said = "7 images of 64x32 take 0 MB of memory and 0 MB are free: lower --image"
+        said = "7 images of 32x64 take 0 MB of memory and 0 MB are free: lower --image"
         with self.assertRaisesRegex(ProgramError, said):
             get_batches(samples, 1)
 
