@@ -343,7 +343,6 @@ class Downloads(Case):
             self.assertEqual(server.ranges, [0])
 
     def test_it_arrives_whole_whatever_the_server_does(self):
-        self.patch(helper, "READ_TIMEOUT", 0.3)
         whole, cut = answer(self.content), answer(self.content, sent=40_000)
         busy = answer(b"", resume=False, status=503)
         plans = {
@@ -368,7 +367,9 @@ class Downloads(Case):
             ),
         }
         for name, (plan, ranges) in plans.items():
-            with self.subTest(name), Server(*plan) as server:
+            seconds = 0.3 if "stall" in name else 30
+            timeout = mock.patch.object(helper, "READ_TIMEOUT", seconds)
+            with self.subTest(name), timeout, Server(*plan) as server:
                 self.download(server)
                 self.assert_whole()
                 self.assertEqual(server.ranges, ranges)
@@ -2492,8 +2493,10 @@ class Run(Program):
                 self.assertNotIn("NVIDIA", self.device())
         with mock.patch.dict(os.environ):
             del os.environ["CUDA_VISIBLE_DEVICES"]
-            code, output, _ = self.main("--epochs", 0)
+            self.patch(helper, "REMARKS", ["why it cannot\n"])
+            code, output, errors = self.main("--epochs", 0)
         self.assertEqual(code, 0)
+        self.assertTrue(errors.startswith("why it cannot\n"), errors)
         self.assertRegex(output, "cannot use the NVIDIA GPU.*\n.*requirements.txt")
 
     def test_every_setting_is_explained(self):
