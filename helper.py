@@ -547,6 +547,18 @@ def need_space(folder, size, what):
         )
 
 
+def need_quota(path, size):
+    """Raise OSError unless the system lets a new file at `path` have `size` bytes."""
+    with open(path, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except AttributeError:
+            pass  # macOS and Windows do not tell
+        except OSError as error:
+            if error.errno in (*FULL, errno.EFBIG):
+                raise  # any other: the file system does not tell
+
+
 def save_image(pixels, path):
     """Write uint8 (H, W, 3) or (H, W) as PNG or JPEG, by the name; all or nothing."""
     kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
@@ -3044,9 +3056,7 @@ def write_weights(model, path, facts, seen):
     print(f"writing {path.name}: {size / 1e6:,.0f} MB")
     with written(path, flush=True) as part:
         try:
-            with open(part, "wb") as file:  # HDF5 may crash on a quota, too
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
+            need_quota(part, size)  # there, too
             model.save_weights(part)
             with h5py.File(part, "r+") as file:
                 file.attrs[FACTS] = json.dumps(facts, default=str)

@@ -2573,10 +2573,14 @@ class Run(Program):
             self.assert_line(self.main(), said)
         record = self.record()  # the epochs are kept
         self.assertEqual((record["state"], len(record["history"])), ("failed", 2))
-        if hasattr(os, "posix_fallocate"):  # where HDF5 would crash
-            quota = OSError(errno.EDQUOT, "Disk quota exceeded")
-            with mock.patch.object(os, "posix_fallocate", side_effect=quota):
-                self.assert_line(self.resume(), "h5: Disk quota exceeded: make room")
+        quota = OSError(errno.EDQUOT, "Disk quota exceeded")  # where HDF5 would crash
+        allocate = mock.patch.object(
+            os, "posix_fallocate", create=True, side_effect=quota
+        )
+        with allocate:
+            self.assert_line(self.resume(), "h5: Disk quota exceeded: make room")
+            quota.errno = errno.EINVAL
+            self.assertEqual(self.resume()[0], 0)
         shutil.rmtree(self.folder / "runs")
         full = OSError(28, "No space left on device")
         with mock.patch.object(helper.os, "replace", side_effect=full):
