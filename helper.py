@@ -3056,7 +3056,7 @@ def write_weights(model, path, facts, seen):
     print(f"writing {path.name}: {size / 1e6:,.0f} MB")
     with written(path, flush=True) as part:
         try:
-            need_quota(part, size)  # there, too
+            need_quota(part, size)  # likewise
             model.save_weights(part)
             with h5py.File(part, "r+") as file:
                 file.attrs[FACTS] = json.dumps(facts, default=str)
