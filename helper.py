@@ -426,7 +426,7 @@ def written(path, flush=False, alone=True):
     try:
         yield part
         if part.is_dir() and path.is_dir():
-            shutil.rmtree(path)
+            remove_folder(path)
         if flush:
             flush_file(part)
         os.replace(part, path)
@@ -575,9 +575,8 @@ def encoded(pixels, kind="PNG"):
     return content.getvalue()
 
 
-def ahead(task, items, depth=None, workers=None):
+def ahead(task, items, depth=CORES + 2, workers=None):
     """Yield task(item) in order, done in threads up to `depth` items ahead."""
-    depth = CORES + 2 if depth is None else depth
     pool, waiting = ThreadPoolExecutor(workers), collections.deque()
     try:
         for item in items:
@@ -1616,61 +1615,51 @@ class Batches:
         )
 
     def on_workers(self, part, indices):
-        """Return what each worker's replicas get: part(context, index), one by one.
+        """Return what each worker's replicas get: part(step, replica), one by one.
 
         `indices` makes the indices of a worker, from how many replicas it has.
         """
 
         def on_worker(context):
             local = context.num_replicas_in_sync // context.num_input_pipelines
-            of_index = functools.partial(part, context)
+            first = local * context.input_pipeline_id
+
+            @tf.autograph.experimental.do_not_convert
+            def of_index(index):
+                return part(index // local, first + index % local)
+
             parts = indices(local).map(of_index, num_parallel_calls=AHEAD)
             return self.prefetched(parts)
 
         return self.device.strategy.distribute_datasets_from_function(on_worker)
 
-    @tf.autograph.experimental.do_not_convert
-    def training_part(self, context, index):
-        """Return the part with number `index` of the training steps."""
-        step, replica = step_and_replica(context, index)
+    def training_part(self, step, replica):
+        """Return a replica's part of a training step."""
         rows = batch_rows(step, self.count, self.batch_size, self.seed)
-        places, real = self.share(rows, replica, context.num_replicas_in_sync)
-        images, labels = self.gather(rows, places)
         draws = tf.random.stateless_uniform((3, self.batch_size), [self.seed, step])
-        images, labels = augment(images, labels, tf.gather(draws, places, axis=1))
-        return self.weighted(images, labels, rows, real)
+        return self.part(rows, replica, draws)
 
-    @tf.autograph.experimental.do_not_convert
-    def ordered_part(self, context, index):
-        """Return the part with number `index` of the samples in order."""
-        step, replica = step_and_replica(context, index)
+    def ordered_part(self, step, replica):
+        """Return a replica's part of a batch of the samples in order."""
         rows = tf.range(self.count)[step * self.batch_size :][: self.batch_size]
-        places, real = self.share(rows, replica, context.num_replicas_in_sync)
-        images, labels = self.gather(rows, places)
-        return self.weighted(images, labels, rows, real)
+        return self.part(rows, replica)
 
-    def share(self, rows, replica, replicas):
-        """Return a replica's places in a batch of `rows`, and which of them are real.
+    def part(self, rows, replica, draws=None):
+        """Return a replica's part of a batch of `rows`, augmented by `draws`.
 
-        Where the batch does not divide, the last places repeat the first row.
+        Where the batch does not divide, the last places repeat the first row, as void.
         """
-        size = -(-self.batch_size // replicas)
+        size = -(-self.batch_size // self.device.replicas)
         places = replica * size + tf.range(size, dtype=tf.int64)
         real = places < tf.size(rows, tf.int64)
-        return tf.where(real, places, 0), real
-
-    def gather(self, rows, places):
-        """Return the images and labels at `places` of a batch of `rows`."""
-        rows = tf.gather(rows, places)
-        return tf.gather(self.decoded.images, rows), tf.gather(
-            self.decoded.labels, rows
-        )
-
-    def weighted(self, images, labels, rows, real):
-        """Return a part of a batch of `rows` with weights; what is not real is void."""
-        pixels = tf.reduce_sum(tf.gather(self.valid, rows))
-        weight = tf.math.divide_no_nan(1.0, pixels)
+        places = tf.where(real, places, 0)
+        chosen = tf.gather(rows, places)
+        images = tf.gather(self.decoded.images, chosen)
+        labels = tf.gather(self.decoded.labels, chosen)
+        if draws is not None:
+            images, labels = augment(images, labels, tf.gather(draws, places, axis=1))
         labels = tf.where(real[:, None, None], labels, VOID)
+        weight = tf.math.divide_no_nan(1.0, tf.reduce_sum(tf.gather(self.valid, rows)))
         return images, labels, tf.where(real, weight, 0)
 
     def prefetched(self, dataset):
@@ -1686,12 +1675,6 @@ class Batches:
             return dataset  # the CPU has it already; several replicas fetch their own
         fetch = tf.data.experimental.prefetch_to_device(gpus[0].name, buffer_size=2)
         return dataset.apply(fetch).with_options(options)
-
-
-def step_and_replica(context, index):
-    """Return the step and the replica that part `index` of a worker belongs to."""
-    local = context.num_replicas_in_sync // context.num_input_pipelines
-    return index // local, local * context.input_pipeline_id + index % local
 
 
 def gen_batch_function(samples, image_shape, seed=0, device=None):
@@ -2104,6 +2087,18 @@ class Prediction:
         return overlay(image, self.predictor.grown(road, image))
 
 
+def framecrc(*options):
+    """Run ffmpeg with `options`; its output has a line for each packet or frame."""
+    return subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-nostats", *options, "-f", "framecrc", "-"],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+        text=True,
+        errors="replace",
+    )
+
+
 def read_packets(path, *others):
     """Return a video's frames, decodable or not; their rate, seconds and end.
 
@@ -2112,17 +2107,8 @@ def read_packets(path, *others):
     encoding anew is still in the file, marked as discarded. Raises ValueError for a
     file without frames.
     """
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostats", "-i", path]
-    for stream in "0:V:0", *others:
-        command += ["-map", stream]
-    done = subprocess.run(
-        [*command, "-c", "copy", "-f", "framecrc", "-"],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-        text=True,
-        errors="replace",
-    )
+    streams = [word for stream in ("0:V:0", *others) for word in ("-map", stream)]
+    done = framecrc("-i", path, *streams, "-c", "copy")
     units = re.findall(r"#tb (\d+): (\d+)/(\d+)", done.stdout)
     units = {stream: int(above) / int(below) for stream, above, below in units}
     starts, ends, last = [], [], 0.0
@@ -2156,16 +2142,10 @@ def are_fields(path):
 
     In H.264 each field of an interlaced frame may be a packet of its own.
     """
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostats", "-t", "2", "-i", path]
-    command += ["-map", "0:V:0", "-map", "0:V:0", "-c:v:0", "copy"]
-    done = subprocess.run(
-        [*command, "-fps_mode", "passthrough", "-f", "framecrc", "-"],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    packets = len(re.findall(b"^0,", done.stdout, re.MULTILINE))
-    frames = len(re.findall(b"^1,", done.stdout, re.MULTILINE))
+    streams = ["-map", "0:V:0", "-map", "0:V:0", "-c:v:0", "copy"]
+    done = framecrc("-t", "2", "-i", path, *streams, "-fps_mode", "passthrough")
+    packets = len(re.findall("^0,", done.stdout, re.MULTILINE))
+    frames = len(re.findall("^1,", done.stdout, re.MULTILINE))
     return packets > 1.5 * frames
 
 
@@ -2383,11 +2363,13 @@ def write_errors(path, image, found, label):
     save_image(errors, path.with_name(f"{path.name}_errors.jpg"))
 
 
-def score_image(predictor, holdout_dir, errors_dir, sample, image, road):
+def score_image(predictor, holdout_dir, errors_dir, task):
     """Write the confidence and the errors of a hold-out image; return its counts.
 
+    `task` is its sample, and its (path, image, road) of gen_test_output. The counts are
     {plane: confidence histogram (2, 256)}, "bev" where it has a calibration.
     """
+    sample, (_, image, road) = task
     road = predictor.grown(road, image)
     confidence, label = to_confidence(road).numpy(), read_label(sample.label)
     check_size(sample.label, label, image)
@@ -2424,8 +2406,7 @@ def score_holdout(run_dir, predictor, holdout):
         paths = [sample.image for sample in holdout]
         depth = stage_depth(max(map(count_pixels, paths)))
         segmented = gen_test_output(predictor, paths, depth)
-        tasks = ((s, image, road) for s, (_, image, road) in zip(holdout, segmented))
-        counted = ahead(lambda task: score(*task), tasks, depth)
+        counted = ahead(score, zip(holdout, segmented), depth)
         bar = tqdm(counted, "scoring", len(holdout), unit="image", disable=None)
         for sample, counts in zip(holdout, bar, strict=True):  # to the bar's end
             kind = category(sample.image)
@@ -2664,14 +2645,15 @@ def followed_frame(image, predictor, epoch):
 def write_progress(run_dir):
     """Make progress.gif of the frames that were kept, 62 of them at most."""
     paths = find_frames(run_dir)
-    every = -(-len(paths) // 62) or 1
-    paths = paths[::-1][::every][::-1]  # with the last
-    if paths:
-        with written(run_dir / "progress.gif") as part:
-            frames = [Image.open(path).convert("RGB") for path in paths]
-            durations = [400] * (len(frames) - 1) + [2500]  # ms
-            rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
-            frames[0].save(part, duration=durations, **rest)
+    if not paths:
+        return
+    every = -(-len(paths) // 62)
+    paths = paths[::-every][::-1]  # with the last
+    with written(run_dir / "progress.gif") as part:
+        frames = [Image.open(path).convert("RGB") for path in paths]
+        durations = [400] * (len(frames) - 1) + [2500]  # ms
+        rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
+        frames[0].save(part, duration=durations, **rest)
 
 
 @contextlib.contextmanager
@@ -3309,7 +3291,7 @@ def fact(name, value, kind=""):
 def link(path, folder):
     """Return the address of `path` on a page in `folder`."""
     name = os.fsencode(path.relative_to(folder).as_posix())
-    return html.escape(urllib.parse.quote(name))
+    return urllib.parse.quote(name)
 
 
 def clock(seconds):
@@ -3342,7 +3324,6 @@ def differing(record):
 class Axis(NamedTuple):
     """Where values stand on one side of a chart."""
 
-    title: str
     ticks: list
     low: float
     high: float
@@ -3367,10 +3348,11 @@ class Axis(NamedTuple):
 ROUND = [digit * 10.0**power for power in range(-12, 60) for digit in (1, 2, 5)]
 
 
-def value_axis(title, values, log=False):
+def value_axis(values, log=False):
     """Return the Axis of two to eight round ticks that encloses `values`."""
-    low, high = max(min(values), 1e-9) if log else min(values), max(values)
+    low, high = min(values), max(values)
     if log:
+        low = max(low, 1e-9)
         first = np.searchsorted(ROUND, low, "right") - 1
         last = max(np.searchsorted(ROUND, high), first + 1)
         every = 1
@@ -3382,11 +3364,11 @@ def value_axis(title, values, log=False):
         step = next(step for step in ROUND if step >= 0.999 * span / 5)
         first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
         ticks = [step * k for k in range(first, max(last, first + 1) + 1)]
-    return Axis(title, ticks, ticks[0], ticks[-1], log)
+    return Axis(ticks, ticks[0], ticks[-1], log)
 
 
-def plot(title, lines, across, up, marks):
-    """Return a figure of {name: [(x, y), ...]} on two axes.
+def plot(title, lines, label, across, up, marks):
+    """Return a figure of {name: [(x, y), ...]} on two axes; `label` is for x.
 
     `marks` are dots (x, y, name, words to hover). What leaves the axes is cut off.
     """
@@ -3394,12 +3376,12 @@ def plot(title, lines, across, up, marks):
     text = '<text x="{:.0f}" y="{:.0f}" class="{}">{}</text>'.format
     colours = {name: f"c{index % 5}" for index, name in enumerate(lines)}
     parts = []
-    for y, label in zip(up.place(up.ticks, bottom, top), up.labels()):
+    for y, tick in zip(up.place(up.ticks, bottom, top), up.labels()):
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(text(left - 7, y + 4, "end", label))
-    for x, label in zip(across.place(across.ticks, left, right), across.labels()):
-        parts.append(text(x, bottom + 18, "middle", label))
-    parts.append(text(right, bottom + 38, "end", across.title))
+        parts.append(text(left - 7, y + 4, "end", tick))
+    for x, tick in zip(across.place(across.ticks, left, right), across.labels()):
+        parts.append(text(x, bottom + 18, "middle", tick))
+    parts.append(text(right, bottom + 38, "end", label))
     width, height = right - left, bottom - top
     inside = f'x="{left}" y="{top}" width="{width}" height="{height}"'
     parts.append(f'<svg {inside} viewBox="{left} {top} {width} {height}">')
@@ -3429,15 +3411,15 @@ def chart(title, lines, log):
     last = max(epoch for line in lines.values() for epoch, _ in line)
     step = next(int(step) for step in ROUND if step >= max(last / 8, 1))
     ticks = sorted({1, *range(step, last + 1, step)})
-    across = Axis("epoch", ticks, 0.5, last + 0.5)
-    up = value_axis("", [value for line in lines.values() for _, value in line], log)
+    across = Axis(ticks, 0.5, last + 0.5)
+    up = value_axis([value for line in lines.values() for _, value in line], log)
     marks = [
         (epoch, value, name, f"epoch {epoch}, {name}: {value:.4g}")
         for name, line in lines.items()
         for epoch, value in line
         if len(line) <= 25
     ]
-    return plot(title, lines, across, up, marks)
+    return plot(title, lines, "epoch", across, up, marks)
 
 
 def recall_chart(curves, kinds):
@@ -3448,17 +3430,16 @@ def recall_chart(curves, kinds):
     """
     lines, marks = {}, []
     for kind, measures in kinds.items():
-        if kind in curves:
-            name = f"{kind}, dot at {measures['threshold']:.1f} %"
-            lines[name] = [point for point in curves[kind] if point[0] > 0]
-            marks.append((measures["REC"], measures["PRE"], name, name))
+        name = f"{kind}, dot at {measures['threshold']:.1f} %"
+        lines[name] = [point for point in curves[kind] if point[0] > 0]
+        marks.append((measures["REC"], measures["PRE"], name, name))
     worst = min(
         value for recall, precision, *_ in marks for value in (recall, precision)
     )
     low = max(100 - 3 * max(100 - worst, 1), 0)  # the marks in the middle
-    recall = value_axis("recall, percent", (low, 100))
-    precision = value_axis("precision, percent", (low, 100))
-    return plot("Precision (up) and recall, percent", lines, recall, precision, marks)
+    axis = value_axis((low, 100))
+    title = "Precision (up) and recall, percent"
+    return plot(title, lines, "recall, percent", axis, axis, marks)
 
 
 def cards(record):
@@ -3628,9 +3609,8 @@ def settings_section(record):
     body.append('<dl class="facts">')
     for name in sorted(config, key=lambda name: name not in changed):
         value = shown(config[name])
-        real = record["device"].get(name)
-        if name in ("precision", "xla") and real not in (None, config[name]):
-            value += f", here {shown(real)}"
+        if name in ("precision", "xla") and record["device"][name] != config[name]:
+            value += f", here {shown(record['device'][name])}"
         if name in changed:
             value = f"<b>{value}</b> <small>default {shown(defaults[name])}</small>"
         kind = "" if name in changed else "dim"

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import gc
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -684,7 +683,9 @@ def prepare(config):
     if config.weights or goes_on:
         vgg_path = None
     elif vgg_path not in NO_FILE and not Path(vgg_path).is_file():
-        raise ProgramError(f"{vgg_path}: not a file: correct --vgg")
+        raise ProgramError(
+            f"{vgg_path}: not a file: put it there, or start with another --vgg"
+        )
     data_dir = config.data_dir
     if config.demo:
         print("a demonstration on drawn roads; the real run is: python main.py")
@@ -786,7 +787,7 @@ def use(config):
 def main(argv=None):
     """Run the program on a command line; return its exit code."""
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
+        config = parse(argv)
         if config.predict or config.export:
             use(config)
         else:

@@ -2547,7 +2547,7 @@ class Run(Program):
         image = training / "image_2" / "umm_000004.png"
         label = training / "gt_image_2" / "umm_road_000004.png"
         self.assert_refused(1, "--batch-size", "16", said="16 is more than the 15")
-        self.assert_refused(1, "--vgg", self.folder / "vgg", said="vgg: not a file")
+        self.assert_refused(1, "--vgg", self.folder / "vgg", said="vgg: not a file: put it there")
         self.assert_refused(1, "--weights", training, said="weights.h5: no such file")
         test = training.parent / "testing" / "image_2" / "uu_000000.png"
         for path in image, label, test:
@@ -2796,6 +2796,16 @@ class Score(Program):
         helper.score_holdout(self.folder / "out", predictor, split.holdout)
         self.assertGreater(len(images), 9)
         self.assertLess(most[0], 5)
+
+    def test_a_folder_that_was_moved_and_linked_is_written_anew(self):
+        moved, link = self.folder / "moved", self.folder / "holdout"
+        (moved / "kept").mkdir(parents=True)
+        link.symlink_to(moved)
+        with helper.written(link) as part:
+            (part / "new").mkdir(parents=True)
+        self.assertTrue((moved / "kept").is_dir())
+        self.assertFalse(link.is_symlink())
+        self.assertTrue((link / "new").is_dir())
 
     def test_scores_follow_from_the_files_in_holdout_alone(self):
         self.data("drawn", draw)  # of KITTI's size, calibrated
