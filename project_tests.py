@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -1217,7 +1218,7 @@ class Data(Case):
             self.skipTest("only Linux tells the threads of a process")
         get_batches_fn = helper.gen_batch_function(self.samples(4), (32, 64))
         gc.collect()  # what other tests left ends before the counting, not in it
-        alive = []
+        alive = type(self).alive = []  # for good: their end may take a minute
 
         def threads():
             """Return how many threads two data sets have."""
@@ -1401,11 +1402,11 @@ class LoadVgg(Case):
         outputs = [original.get_layer(name).output for name in names]
         cls.expected = [y.numpy() for y in keras.Model(original.input, outputs)(x)]
         del original
-        build, cls.built = keras.applications.VGG16, weakref.WeakSet()
+        build, cls.built = keras.applications.VGG16, []
 
         def watched(*args, **kwargs):
             model = build(*args, **kwargs)
-            cls.built.add(model)
+            cls.built.append(weakref.ref(model))
             return model
 
         with undrawn(), mock.patch.object(keras.applications, "VGG16", watched):
@@ -1425,8 +1426,9 @@ class LoadVgg(Case):
             self.assertGreater(theirs.std(), 0)
 
     def test_the_file_that_was_read_does_not_stay_in_memory(self):
-        self.assertTrue(self.built)
-        self.assertEqual([model for model in self.built if len(model.weights) > 26], [])
+        self.assertEqual(len(self.built), 2)
+        models = [model for each in self.built if (model := each())]
+        self.assertEqual([model for model in models if len(model.weights) > 26], [])
 
     def test_outputs_have_the_shapes_the_decoder_expects(self):
         pool3, pool4, fc7 = self.model(np.zeros((2, 64, 96, 3), np.uint8))
@@ -1599,8 +1601,10 @@ class Optimize(Case):
             np.testing.assert_array_equal(ours, theirs)
 
     def test_a_compiled_step_is_the_plain_one(self):
-        for ours, theirs in zip(self.five_steps(xla=True)[0], self.plain_steps()[0]):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            compiled = self.five_steps(xla=True)[0]
+        self.assertEqual(said.getvalue(), "")  # it did not fall back
+        np.testing.assert_allclose(compiled, self.plain_steps()[0], rtol=1e-4)
 
     def test_what_xla_cannot_compile_goes_on_without_it(self):
         plain = self.plain_steps()
@@ -1625,7 +1629,7 @@ class Optimize(Case):
         for ours, theirs in zip(scaled[1], plain[1]):
             np.testing.assert_array_equal(ours, theirs)
 
-    def test_a_step_that_overflows_is_left_out(self):
+    def test_a_step_that_overflows_is_left_out_and_the_loss_scale_is_resumed(self):
         step, state = self.optimize(precision="float16")
         before = [w.numpy() for w in self.model.trainable_variables]
         scale = float(state.optimizer.dynamic_scale)
@@ -1636,19 +1640,14 @@ class Optimize(Case):
         self.assertEqual(float(state.optimizer.dynamic_scale), scale / 2)
         for ours, theirs in zip(self.model.trainable_variables, before):
             np.testing.assert_array_equal(ours, theirs)
-        self.assertGreater(step(images, labels, weights).numpy()[2], 0)
-
-    def test_the_loss_scale_is_resumed_too(self):
-        images, labels, weights = small_batch()
-        step, state = self.optimize(precision="float16")
-        step(images, labels, weights * np.float32(1e37))  # halves the scale
         path = state.write(str(self.folder / "ckpt"))
-        scale, expected = step.optimizer.dynamic_scale.numpy(), step(*small_batch())
+        expected = step(images, labels, weights).numpy()
+        self.assertGreater(expected[2], 0)
         self.model, _ = small_model()
         step, state = self.optimize(precision="float16")
         state.read(path).assert_consumed()
-        self.assertEqual(step.optimizer.dynamic_scale.numpy(), scale)
-        np.testing.assert_array_equal(step(*small_batch()), expected)
+        self.assertEqual(float(state.optimizer.dynamic_scale), scale / 2)
+        np.testing.assert_array_equal(step(images, labels, weights), expected)
 
     def test_in_half_precision_only_the_encoder_computes(self):
         plain = self.plain_steps()[0]
@@ -1692,18 +1691,14 @@ class Optimize(Case):
         self.assertAlmostEqual(ours, l2, places=6)
         self.assertGreater(norm, 0)
 
-    def test_a_batch_of_nothing_but_void_gives_no_loss(self):
+    def test_of_nothing_but_void_l2_alone_is_minimised(self):
         images, labels, weights = small_batch()
         labels[:] = VOID
-        loss, l2, norm = self.optimize()[0](images, labels, weights).numpy()
-        self.assertEqual(loss, 0)
-        self.assertTrue(np.isfinite([l2, norm]).all())
-
-    def test_l2_is_in_what_is_minimised(self):
-        images, labels, weights = small_batch()
         step, _ = self.optimize(epochs=100)
-        first = [step(images, np.full_like(labels, VOID), weights) for _ in range(20)]
-        self.assertLess(first[-1][1], first[0][1])
+        first, *_, last = (step(images, labels, weights).numpy() for _ in range(20))
+        self.assertEqual(first[0], 0)
+        self.assertTrue(np.isfinite(first).all())
+        self.assertLess(last[1], first[1])
 
     def test_a_step_is_adams_with_two_rates_and_a_clipped_gradient(self):
         batches = [small_batch(seed=seed) for seed in range(6)]
@@ -1946,7 +1941,7 @@ class TrainNn(Case):
 
     def train_on(self, values, epochs, steps):
         """Train from the state on; return the records of the epochs that end."""
-        records = []
+        records = self.records = []
         batches = mock.MagicMock(
             __len__=lambda batches: steps,
             from_step=lambda step: zip(itertools.count(step)),
@@ -1987,14 +1982,13 @@ class TrainNn(Case):
         values = np.ones((20, 3), np.float32)
         values[13, 0] = np.nan
         values[14:] = np.nan
-        seen = []
         with self.assertRaises(ProgramError) as caught:
-            seen = self.train(values)
+            self.train(values)
         self.assertRegex(
             str(caught.exception), r"step 14 gave \[nan.* on file 13, another"
         )
         self.assertIn("--learning-rate", str(caught.exception))
-        self.assertEqual(seen, [])
+        self.assertEqual([record["epoch"] for record in self.records], [1])
         values[13, 0], values[14:] = 1, 1
         values[9, 2] = np.inf
         with self.assertRaisesRegex(ProgramError, r"step 10 gave \[1.0, 1.0, inf\]"):
@@ -2382,6 +2376,7 @@ class Run(Program):
             self.assertIn(f"MaxF {epoch['MaxF']:.2f}", output)
         self.assertIn("an epoch takes about", output)
         self.assertIn(str(run_dir), output)
+        self.assertNotIn("writing checkpoint", output)  # it does every 5 minutes
 
     def test_the_weights_are_those_of_the_last_epoch(self):
         start = "--weights", self.half_road(), "--learning-rate", 1e-5
@@ -2403,7 +2398,7 @@ class Run(Program):
         self.assertEqual(self.main("--epochs", "3", *start)[0], 0)
         (run_dir,) = self.run_dirs()
         model = self.trained(run_dir)
-        for ours, theirs, shown in zip(model.weights, weights[2], used):
+        for ours, theirs, shown in zip(model.weights, weights[2], used, strict=True):
             if "seed_generator" not in ours.path:
                 np.testing.assert_array_equal(ours, theirs)
                 np.testing.assert_array_equal(shown, theirs)
@@ -2429,43 +2424,34 @@ class Run(Program):
         self.assertEqual(self.main()[0], 0)
         self.assertEqual(read, set())
 
-    def test_the_same_seed_gives_the_same_bits(self):
+    def test_another_seed_gives_another_run(self):
         self.reuse()
-        for seed in 0, 1:
-            self.assertEqual(self.main("--seed", seed)[0], 0)
-        weights, losses = [], []
+        self.assertEqual(self.main("--seed", 1)[0], 0)
+        losses = []
         for run_dir in self.run_dirs():
-            model = self.trained(run_dir)
-            weights.append([v.numpy().tolist() for v in model.trainable_variables])
             history = json.loads((run_dir / "run.json").read_text())["history"]
-            losses.append([(e["loss"], e["MaxF"], e["holdout_loss"]) for e in history])
-        self.assertEqual(losses[0], losses[1])
-        self.assertEqual(weights[0], weights[1])
-        self.assertNotEqual(losses[0], losses[2])
+            losses.append([epoch["loss"] for epoch in history])
+        self.assertNotEqual(losses[0], losses[1])
 
     def test_deterministic_ops_are_asked_for_and_their_cost_is_told(self):
         with mock.patch.object(tf.config.experimental, "enable_op_determinism") as ask:
             self.device()
             ask.assert_not_called()
-            output = self.main("--epochs", 0, "--deterministic")[1]
+            self.patch(main, "prepare", mock.Mock(side_effect=KeyboardInterrupt))
+            output = self.main("--deterministic")[1]
             ask.assert_called_once_with()
         self.assertIn("deterministic: the same bits on every run, at a lower", output)
-        self.assertTrue(self.record()["config"]["deterministic"])
 
     def test_runs_of_one_second_do_not_collide(self):
         self.patch(helper.time, "strftime", lambda form: "20261122-141500")
-        for _ in range(2):
+        for _ in range(3):
             helper.new_folder(self.folder / "runs", name=None)
-        self.assertEqual(self.main("--epochs", "0")[0], 0)
         names = [path.name for path in self.run_dirs()]
         expected = ["20261122-141500", "20261122-141500-2", "20261122-141500-3"]
         self.assertEqual(names, expected)
 
     def test_without_holdout_it_trains_on_all_and_scores_nothing(self):
-        code, output, _ = self.main("--holdout-fraction", 0, "--keep-prob", 1)
-        self.assertEqual(code, 0)
-        self.assertIn("no hold-out", output)
-        (run_dir,) = self.run_dirs()
+        run_dir = self.reuse("--holdout-fraction", 0)
         run = json.loads((run_dir / "run.json").read_text())
         self.assertEqual(run["data"]["training"], 18)
         self.assertEqual(run["scores"], {})
@@ -2479,8 +2465,9 @@ class Run(Program):
         data = self.folder / "data" / "data_road"
         shutil.rmtree(data)
         self.demo_is_small()
-        code, output, _ = self.main("--demo", "--epochs", "0")
-        self.assertEqual(code, 0)
+        self.patch(main, "load_vgg", mock.Mock(side_effect=KeyboardInterrupt))
+        code, output, _ = self.main("--demo")
+        self.assertEqual(code, 130)  # enough
         self.assertIn("a demonstration on drawn roads", output)
         self.assertTrue((data.parent / "demo" / "data_road").is_dir())
         self.assertFalse(data.exists())
@@ -2494,9 +2481,9 @@ class Run(Program):
         with mock.patch.dict(os.environ):
             del os.environ["CUDA_VISIBLE_DEVICES"]
             self.patch(helper, "REMARKS", ["why it cannot\n"])
-            code, output, errors = self.main("--epochs", 0)
-        self.assertEqual(code, 0)
-        self.assertTrue(errors.startswith("why it cannot\n"), errors)
+            with contextlib.redirect_stderr(io.StringIO()) as errors:
+                output = self.device()
+        self.assertEqual(errors.getvalue(), "why it cannot\n")
         self.assertRegex(output, "cannot use the NVIDIA GPU.*\n.*requirements.txt")
 
     def test_every_setting_is_explained(self):
@@ -2547,7 +2534,9 @@ class Run(Program):
         image = training / "image_2" / "umm_000004.png"
         label = training / "gt_image_2" / "umm_road_000004.png"
         self.assert_refused(1, "--batch-size", "16", said="16 is more than the 15")
-        self.assert_refused(1, "--vgg", self.folder / "vgg", said="vgg: not a file: put it there")
+        self.assert_refused(
+            1, "--vgg", self.folder / "vgg", said="vgg: not a file: put it there"
+        )
         self.assert_refused(1, "--weights", training, said="weights.h5: no such file")
         test = training.parent / "testing" / "image_2" / "uu_000000.png"
         for path in image, label, test:
@@ -2577,10 +2566,13 @@ class Run(Program):
         allocate = mock.patch.object(
             os, "posix_fallocate", create=True, side_effect=quota
         )
+        model, _ = small_model()
         with allocate:
-            self.assert_line(self.resume(), "h5: Disk quota exceeded: make room")
-            quota.errno = errno.EINVAL
-            self.assertEqual(self.resume()[0], 0)
+            with self.assertRaisesRegex(ProgramError, "h5: Disk quota exceeded: make"):
+                save_weights(model, self.folder / "x.weights.h5")
+            self.assertFalse((self.folder / "x.weights.h5").exists())
+            quota.errno = errno.EINVAL  # a file system that cannot tell
+            save_weights(model, self.folder / "x.weights.h5")
         shutil.rmtree(self.folder / "runs")
         full = OSError(28, "No space left on device")
         with mock.patch.object(helper.os, "replace", side_effect=full):
@@ -2691,7 +2683,10 @@ class Run(Program):
         self.assertEqual(said.getvalue(), idle)
 
     def test_without_training_there_need_not_be_a_batch(self):
-        self.assertEqual(self.main("--epochs", 0, "--batch-size", 16)[0], 0)
+        self.assertEqual(
+            self.main("--epochs", 0, "--batch-size", 16, "--name", "a")[0], 0
+        )
+        self.assertEqual([path.name for path in self.run_dirs()], ["a"])
 
     def test_a_record_has_what_was_asked_for_and_what_it_came_to(self):
         record = json.loads((self.reuse(until=4) / "run.json").read_text())
@@ -2703,12 +2698,8 @@ class Run(Program):
         path.write_text(json.dumps(record))
         config = main.parse(["--resume", str(path.parent)])
         self.assertEqual(config.precision, "bfloat16")
-        self.assertEqual(self.resume()[0], 0)
-        record = self.record()
-        self.assertEqual(record["config"]["precision"], "auto")
-        self.assertEqual(record["device"]["precision"], "bfloat16")
         del record["device"]["precision"]
-        path.write_text(json.dumps(record | {"state": "stopped"}))
+        path.write_text(json.dumps(record))
         self.assert_line(self.resume(), "config: no precision of the device")
 
     def test_ctrl_c_ends_it_with_one_line(self):
@@ -2760,19 +2751,19 @@ def measures_by_hand(confidence, labels):
     """Return some scores of pixels (N,), and the curve, threshold by threshold."""
     confidence, labels = confidence[labels != VOID], labels[labels != VOID]
     best, levels, curve = {"MaxF": -1}, np.zeros(11), []
+    road, rest = (np.bincount(confidence[labels == k], minlength=256) for k in (1, 0))
     for k in range(256):
-        found = confidence >= k
-        tp, fp = (found & (labels == 1)).sum(), (found & (labels == 0)).sum()
-        precision, recall = tp / (tp + fp + 1e-10), tp / (labels == 1).sum()
+        tp, fp = road[k:].sum(), rest[k:].sum()
+        precision, recall = tp / (tp + fp + 1e-10), tp / road.sum()
         f1 = 2 * precision * recall / (precision + recall + 1e-10)
         curve.append((100 * recall, 100 * precision))
         at = np.arange(11) / 10 <= recall
         levels[at] = np.maximum(levels[at], precision)
         if k == 128:
-            iou50 = tp / ((labels == 1).sum() + fp)
+            iou50 = tp / (road.sum() + fp)
         if f1 > best["MaxF"]:
             best = {"MaxF": f1, "PRE": precision, "REC": recall, "threshold": k / 255}
-            best |= {"FPR": fp / (labels == 0).sum(), "IoU": f1 / (2 - f1)}
+            best |= {"FPR": fp / rest.sum(), "IoU": f1 / (2 - f1)}
     best |= {"AP": levels.mean(), "FNR": 1 - best["REC"], "IoU50": iou50}
     return {name: 100 * value for name, value in best.items()}, curve
 
@@ -2867,10 +2858,13 @@ class Score(Program):
         for title in "scoring", "overlays":
             self.assertRegex(errors, rf"{title}: 100%.* 3/3 ")
         shutil.rmtree(self.folder / "data/data_road/testing")
-        code, _, errors = self.main("--epochs", 0, "--weights", weights)
-        self.assertEqual(code, 0)
-        self.assertNotIn("looking at the test images", errors)
-        self.assertNotIn("overlays", errors)
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            find_images(self.folder / "data")
+            helper.save_inference_samples(
+                self.folder / "out", predictor=None, image_paths=[]
+            )
+        self.assertNotIn("looking at the test images", errors.getvalue())
+        self.assertNotIn("overlays", errors.getvalue())
 
     def test_trained_weights_are_scored_without_training(self):
         weights = self.reuse() / "fcn8s.weights.h5"
@@ -2878,6 +2872,7 @@ class Score(Program):
         arguments = "--epochs", 0, "--vgg", "downloaded", "--weights", weights
         code, output, errors = self.main(*arguments)
         self.assertEqual((code, errors), (0, ""))
+        self.assertIn(f"reading {weights}\n", output)  # which takes seconds
         self.assertIn("no hold-out image has a calibration", output)
         both = []
         for run_dir in self.run_dirs():
@@ -3021,8 +3016,6 @@ def kill_at(moment, signals):
     built = main.optimize
     if moment == "evaluating":
         return before(main, "evaluate", kill)
-    if moment == "saving":
-        return before(helper, "save_inference_samples", kill)
     if moment == "saving, in a callback":
         return before(helper, "save_inference_samples", kill_in_callback)
     if moment == "writing":
@@ -3085,10 +3078,7 @@ class Resume(Program):
         begin = self.command("--epochs", 3, "--checkpoint-minutes", 0)
         moments = [
             ("writing", "9", -9, 0),  # the first checkpoint
-            ("4", "2", 130, 4),
-            ("5", "15 15", 143, 4),  # the second signal ends it at once
-            ("writing", "9", -9, 4),
-            ("saving", "9", -9, 9),
+            ("5", "15 15", 143, 3),  # the second signal ends it at once
             ("saving, in a callback", "15", 143, 9),
         ]
         arguments, resumed = begin, []
@@ -3096,8 +3086,7 @@ class Resume(Program):
             with self.subTest(f"{signals} at {moment}"):
                 found, output, errors = self.process(moment, signals, *arguments)
                 self.assertEqual(found, code, errors)
-                end = {130: ["stopped by SIGINT"], 143: ["stopped by SIGTERM"]}
-                said = [] if " " in signals else end.get(code, [])
+                said = ["stopped by SIGTERM"] if signals == "15" else []
                 self.assertEqual(own_lines(errors), said)
                 if arguments is not begin:
                     self.assertIn(f"resumed at step {resumed[-1]} of 9", output)
@@ -3122,18 +3111,19 @@ class Resume(Program):
             "index": lambda: (folder / "ckpt-2.index").write_bytes(b"damaged"),
             "a bit": lambda: data.write_bytes(bytes_),
         }
-        begun = mock.patch.object(main, "train_nn", side_effect=KeyboardInterrupt)
+        _, state = optimize(small_model()[0])
         for name, damage in damages.items():
             with self.subTest(name):
                 shutil.rmtree(run_dir)
                 shutil.copytree(whole, run_dir)
                 damage()
-                with begun:
-                    code, output, _ = self.resume()
-                self.assertEqual(code, 130)
-                self.assertIn("ckpt-2: not a whole checkpoint", output)
-                self.assertIn("resumed at step 3 of 6", output)
-        self.assertEqual(self.resume()[0], 0)
+                with contextlib.redirect_stdout(io.StringIO()) as said:
+                    self.assertEqual(helper.restore(state, run_dir), 1)
+                self.assertEqual(int(state.step), 3)
+                self.assertIn("ckpt-2: not a whole checkpoint", said.getvalue())
+        code, output, _ = self.resume()
+        self.assertEqual(code, 0)
+        self.assertIn("resumed at step 3 of 6", output)
         self.assertEqual(self.outcome(run_dir), expected)
         shutil.rmtree(run_dir)
         shutil.copytree(whole, run_dir)
@@ -3150,9 +3140,6 @@ class Resume(Program):
         self.assert_line(result, "No space left on device: make room")
         self.assertIn("to begin this run again: python main.py --resume", result[1])
         self.assertIn("with other settings: python main.py --weights", result[1])
-        code, output, _ = self.resume()
-        self.assertEqual(code, 0)
-        self.assertIn("resumed at step 0 of 6", output)
 
     def test_a_signal_at_the_very_end_leaves_a_run_that_is_not_finished(self):
         finish = helper.Run.finish
@@ -3186,28 +3173,17 @@ class Resume(Program):
     def test_weights_that_are_all_replaced_are_not_drawn_before(self):
         run_dir = self.reuse(until=4)
         images = self.folder / "data" / "data_road" / "testing" / "image_2"
-        load_vgg = mock.Mock(side_effect=small_vgg)
+        load_vgg = mock.Mock(side_effect=KeyboardInterrupt)  # enough
         self.patch(main, "load_vgg", load_vgg)
-        self.assertEqual(self.main("--epochs", 0)[0], 0)
-        self.assertEqual(self.call("--resume", run_dir)[0], 0)
-        self.assertEqual(self.main("--weights", run_dir, "--epochs", 0)[0], 0)
-        use = "--weights", run_dir, "--predict", images
-        runs = "--runs-dir", self.folder / "runs"
-        self.assertEqual(self.call(*use, *runs)[0], 0)
+        self.main("--epochs", 0)
+        self.call("--resume", run_dir)
+        self.main("--weights", run_dir, "--epochs", 0)
+        self.call("--weights", run_dir, "--predict", images)
         found = [
             bound(small_vgg, call.args, call.kwargs)["vgg_path"]
             for call in load_vgg.call_args_list
         ]
         self.assertEqual(found, ["random", None, None, None])
-
-    def test_what_is_trained_needs_no_room_for_checkpoints(self):
-        run_dir = self.reuse("--checkpoint-minutes", 0, until=5)
-        with mock.patch.object(helper.Run, "score", side_effect=KeyboardInterrupt):
-            self.assertEqual(self.resume()[0], 130)
-        parameters = self.trained(run_dir).count_params()
-        usage = mock.Mock(return_value=mock.Mock(free=8 * parameters + 3 * 10**6))
-        with mock.patch.object(shutil, "disk_usage", usage):
-            self.assertEqual(self.resume()[0], 0)
 
     def test_weights_come_with_a_checkpoint_and_history_goes_back_with_it(self):
         seen = []
@@ -3231,21 +3207,30 @@ class Resume(Program):
         self.assert_line(self.resume(), "as if it were killed")
         self.assertEqual(len(self.record()["history"]), 1)
 
-    def test_at_most_two_checkpoints_are_kept(self):
-        counts = []
+    def test_at_most_two_checkpoints_are_kept_and_the_record_knows_their_epochs(self):
+        counts, known, write_run = [], [], helper.write_run
 
         def count():
             counts.append(len([*self.run_dirs()[-1].glob("checkpoint/ckpt-*.index")]))
 
+        def write_late(run_dir, text):
+            time.sleep(0.1)
+            write_run(run_dir, text)
+
+        self.patch(helper, "write_run", write_late)
         with (
             before(main, "evaluate", count),
+            before(
+                tf.train.Checkpoint,
+                "write",
+                lambda: known.append(len(self.record()["history"])),
+            ),
             mock.patch.object(helper, "write_weights") as write,
         ):
             self.assertEqual(self.main("--epochs", 5, "--checkpoint-minutes", 0)[0], 0)
-            written = write.call_count
-            self.assertEqual(self.main()[0], 0)  # every 5 minutes
-        self.assertEqual(counts, [0, 1, 2, 2, 2] + [0, 0])
-        self.assertEqual(written, 5)  # with each of four, and at the end
+        self.assertEqual(counts, [0, 1, 2, 2, 2])
+        self.assertEqual(known, [1, 2, 3, 4])
+        self.assertEqual(write.call_count, 5)  # with each of four, and at the end
 
     def test_a_resume_removes_what_a_kill_left_and_all_but_two_checkpoints(self):
         run_dir = self.reuse("--checkpoint-minutes", 0, until=5)
@@ -3255,13 +3240,6 @@ class Resume(Program):
         self.assertEqual(self.stopped(6, self.resume)[0], 143)
         names = {path.name.partition(".")[0] for path in folder.glob("ckpt*")}
         self.assertEqual(names, {"ckpt-2", "ckpt-3", "ckpt-old"})  # not ours: stays
-
-    def test_a_checkpoint_is_all_that_a_resume_needs(self):
-        weights = self.folder / "trained.weights.h5"
-        shutil.move(self.reuse() / "fcn8s.weights.h5", weights)
-        self.assertEqual(self.stopped(4, self.main, "--weights", weights)[0], 143)
-        weights.unlink()
-        self.assertEqual(self.resume()[0], 0)
 
     def test_a_folder_that_tensorflow_would_not_find_is_refused_at_once(self):
         runs = self.folder / "runs[1]"
@@ -3276,8 +3254,7 @@ class Resume(Program):
         self.assert_line(self.call("--resume", runs), "rename it")
 
     def test_weights_bring_the_holdout_that_they_do_not_know(self):
-        self.assertEqual(self.main("--epochs", 1, "--holdout-fraction", 0)[0], 0)
-        use = "--weights", *self.run_dirs(), "--epochs", 0
+        use = "--weights", self.reuse("--holdout-fraction", 0), "--epochs", 0
         code, output, _ = self.main(*use)
         self.assertEqual((code, self.record()["scores"]), (0, {}))
         self.assertIn("no hold-out: no scores", output)
@@ -3294,8 +3271,8 @@ class Resume(Program):
         results.append(self.main("--weights", *self.run_dirs(), "--epochs", 1))
         results.append(self.main("--weights", self.run_dirs()[-1], "--epochs", 0))
         counts = ["6 of the 6", "6 of the 6", "5 of the 6", "5 of the 6"]
-        for (code, output, errors), count in zip(results, counts, strict=True):
-            self.assertIn(code, (0, 143), errors)
+        self.assertEqual([code for code, *_ in results], [143, 0, 0, 0])
+        for (code, output, _), count in zip(results, counts, strict=True):
             said = f"{count} images were trained on too: the scores flatter"
             self.assertIn(f"hold-out: {said}\n", output)
             if code == 0:
@@ -3350,15 +3327,6 @@ class Resume(Program):
                     time.sleep(0.3)  # it is not raised in the program's ending
                     ended = True
         self.assertTrue(ended)
-
-    def test_what_takes_seconds_is_said_before_it_begins(self):
-        run_dir = self.reuse()
-        image = next((self.folder / "data").rglob("*.png"))
-        _, output, _ = self.main("--weights", run_dir, "--epochs", 0)
-        self.assertIn(f"reading {run_dir}/fcn8s.weights.h5\n", output)
-        runs = "--runs-dir", self.folder / "runs"
-        _, output, _ = self.call("--weights", run_dir, "--predict", image, *runs)
-        self.assertRegex(output, f"building the network\nreading {run_dir}/fcn8s")
 
     def test_a_finished_run_is_left_as_it_is(self):
         run_dir = self.reuse()
@@ -3456,7 +3424,8 @@ class Resume(Program):
         with open(run_dir / "checkpoint" / ".run.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)  # as another program looks at it
             self.patch(time, "sleep", lambda seconds: lock.close())
-            self.assertEqual(self.resume()[0], 0)
+            self.patch(main, "load_vgg", mock.Mock(side_effect=KeyboardInterrupt))
+            self.assertEqual(self.resume()[0], 130)  # it had begun
 
     def test_what_is_no_run_is_named(self):
         record = a_record(state="stopped")
@@ -3720,6 +3689,7 @@ class Damaged(Program):
             checkpoint / ".part.ckpt-3",
             run_dir / ".part.run.json",
             run_dir / ".part.index.html",
+            run_dir / ".part.progress.gif",
             run_dir / ".part.fcn8s.weights.h5",
         ]
         for path in left:
@@ -3747,7 +3717,7 @@ class Damaged(Program):
                 with contextlib.suppress(Killed):
                     keep(run, dict(epoch))
                 watch.left = None
-                shutil.copytree(run_dir, killed / f"{moment:03}")
+                shutil.copytree(run_dir, killed / f"{moment:03}" / "run")
                 if watch.killed_at is None:
                     raise KeyboardInterrupt  # enough
                 shutil.rmtree(run_dir)
@@ -3780,15 +3750,18 @@ class Damaged(Program):
         def size(name):
             """Return what of a file makes a state; most operations change nothing."""
             path = folder / name
-            if path.name[:6] == ".part." or path.suffix in (".html", ".gif"):
+            if path.suffix in (".html", ".gif"):
                 return name  # nothing reads it
             return name, path.stat().st_size // 100  # a time may have a digit more
 
-        for folder in sorted(killed.iterdir()):
-            states[tuple(map(size, self.all_files(folder)))] = folder
-        self.assertGreater(len(states), 10)
-        for name in "fcn8s", "optimize":  # the checkpoint replaces all that they hold
-            self.patch(main, name, once(getattr(main, name)))
+        for folder in sorted(killed.glob("*/run")):
+            names = self.all_files(folder)
+            names = [name for name in names if ".part." not in name]  # nor these
+            states[tuple(map(size, names))] = folder
+        self.assertGreater(len(states), 5)
+        self.patch(main, "fcn8s", once(main.fcn8s))  # the checkpoint replaces all that
+        self.patch(main, "optimize", once(main.optimize))  # they hold
+        self.patch(helper, "gen_batch_function", once(helper.gen_batch_function))
         for folder in states.values():
             code, output, errors = self.call("--resume", folder)
             with self.subTest(folder.name):
@@ -3801,14 +3774,16 @@ class Damaged(Program):
         self.addCleanup(signal.signal, signal.SIGHUP, previous)
         result = self.stopped(4, self.main, signum=signal.SIGHUP)
         self.assert_line(result, "^stopped by SIGHUP$", 129)
-        self.assertEqual(self.resume()[0], 0)
-        self.assertEqual(self.record()["resumed"], [4])
+        self.assertIn("to go on with this run: ", result[1])
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        self.assertEqual(self.stopped(4, self.main, signum=signal.SIGHUP)[0], 0)
+        handler = mock.Mock()
+        with helper.handling_signals(handler):
+            signal.raise_signal(signal.SIGHUP)
+        handler.assert_not_called()
 
     def test_a_standard_output_that_breaks_or_knows_ascii_alone_stops_nothing(self):
         runs = self.folder / "rüns"
-        command = [sys.executable, "-c", DRIVER, "0", "", *self.command("--epochs", 1)]
+        command = [sys.executable, "-c", DRIVER, "0", "", *self.command("--epochs", 0)]
         command += ["--runs-dir", str(runs)]
         process = subprocess.Popen(
             [str(part) for part in command],
@@ -3847,14 +3822,17 @@ class Damaged(Program):
         for name, part in parts.items():
             self.assertIn(f"without {part}: [Errno 5] no {name}\n", output)
 
-    def test_a_run_that_is_trained_goes_on_with_scoring_and_needs_no_vgg(self):
+    def test_a_run_that_is_trained_needs_no_vgg_and_no_room_for_checkpoints(self):
         vgg = self.folder / "vgg.h5"
         vgg.touch()
         gone = mock.Mock(side_effect=OSError(5, "Input/output error"))
         with mock.patch.object(helper, "score_holdout", gone):
             self.assert_line(self.main("--vgg", vgg), "Input/output error")
         vgg.unlink()
-        code, output, errors = self.resume()
+        parameters = self.trained(*self.run_dirs()).count_params()
+        usage = mock.Mock(return_value=mock.Mock(free=8 * parameters + 3 * 10**6))
+        with mock.patch.object(shutil, "disk_usage", usage):
+            code, output, errors = self.resume()
         self.assertEqual((code, errors), (0, ""))
         self.assertIn("resumed at step 6 of 6", output)
 
@@ -3864,7 +3842,9 @@ class Damaged(Program):
         self.assert_line(self.main("--epochs", 0), "um_000000.png: rename one of them")
 
     def test_a_closed_standard_error_stops_nothing(self):
-        command = f"{sys.executable} {main.__file__} --help 2>&-"
+        command = (
+            f"{shlex.quote(sys.executable)} {shlex.quote(main.__file__)} --help 2>&-"
+        )
         environment = {k: v for k, v in os.environ.items() if k[:6] != "TF_CPP"}
         done = subprocess.run(
             command, shell=True, check=False, capture_output=True, env=environment
@@ -3886,20 +3866,21 @@ class Damaged(Program):
         self.assertRegex(done.stderr, rf"^{re.escape(said)}DIR\n$")
 
     def test_other_images_of_the_same_number_are_noticed(self):
-        self.stopped(4, self.main)
+        self.reuse(until=4)
         said = "here are .* of other names or content: undo the change, or name its "
         said += "data set with --data-dir"
-        folder = self.folder / "data/data_road/training"
+        data = self.folder / "data"
+        folder = data / "data_road/training"
         image, label = "image_2/um_000003.png", "gt_image_2/um_road_000003.png"
         for name in image, label, "gt_image_2/um_road_000005.png":  # the last held out
             whole = (folder / name).read_bytes()
             with Image.open(folder / name) as picture:
                 picture.transpose(Image.FLIP_LEFT_RIGHT).save(folder / name)
-            self.assert_line(self.resume(), said)
+            self.assert_line(self.resume("--data-dir", data), said)
             (folder / name).write_bytes(whole)
         (folder / image).rename(folder / "image_2/um_000033.png")
         (folder / label).rename(folder / "gt_image_2/um_road_000033.png")
-        self.assert_line(self.resume(), said)
+        self.assert_line(self.resume("--data-dir", data), said)
 
 
 # ----------------------------------------------------------- what was trained, used
@@ -4075,7 +4056,7 @@ class Devices(Program):
             with mock.patch.dict(os.environ, TF_CONFIG=text):
                 self.assert_refused(1, said="^TF_CONFIG: not a cluster .*: correct it")
         with mock.patch.dict(os.environ, TF_CONFIG="{}"):
-            self.assertEqual(self.main("--epochs", 0)[0], 0)
+            self.assertNotIn("workers", self.device())
 
     def on_gpu(self, *capability):
         """Have the program see a GPU's compute capability."""
@@ -4093,6 +4074,7 @@ class Devices(Program):
         self.on_gpu(0, 0)
         self.assertIn(", bfloat16\n", self.resume()[1])
         self.assertEqual(self.record()["device"]["precision"], "bfloat16")
+        self.assertEqual(self.record()["config"]["precision"], "auto")
         (epoch,) = self.record()["history"]
         self.assertTrue(0 < epoch["loss"] < 1)
         self.assertEqual(self.main("--precision", "float16", "--epochs", 1)[0], 0)
@@ -4108,7 +4090,7 @@ class Devices(Program):
         self.on_gpu(9, 0)
         with mock.patch.object(tf.config.experimental, "enable_op_determinism"):
             self.assertIn("XLA is off", self.device(xla=True, deterministic=True))
-        code, said, _ = self.main(*settings, 1)
+        code, said, _ = self.main(*settings, 0)
         self.assertEqual((code, "XLA is off" in said), (0, False))
         self.assertTrue(self.record()["device"]["xla"])
 
@@ -4174,15 +4156,17 @@ class Devices(Program):
             "^out of memory with --batch-size 5: 4 should fit; set that, or lower --im"
         )
         self.assert_refused(1, said=said)
-        self.patch(helper, "largest_batch", mock.Mock(return_value=0))
-        self.assert_refused(
-            1, said="^out of memory with --batch-size 5: lower it, --im"
-        )
-        self.assert_refused(
-            1, "--batch-size", 1, said="^out of memory with --batch-size 1: lower --im"
-        )
-        self.patch(helper, "largest_batch", mock.Mock(return_value=2))
-        self.assert_refused(1, said="^out of memory with --batch-size 5: 2 should fit")
+        for fits, size, words in (
+            (0, 5, "5: lower it, --im"),
+            (0, 1, "1: lower --im"),
+            (2, 5, "5: 2 should fit; set that"),
+        ):
+            with (
+                mock.patch.object(helper, "largest_batch", return_value=fits),
+                self.assertRaisesRegex(ProgramError, f"--batch-size {words}"),
+                helper.naming_the_batch_that_fits(None, None, size, 1),
+            ):
+                raise full
 
 
 class Benchmark(Program):
@@ -4359,6 +4343,7 @@ class Use(Program):
         (images / "notes.txt").write_text("no image")
         code, output, errors = self.use("--predict", images)
         self.assertEqual((code, errors), (0, ""))
+        self.assertIn(f"building the network\nreading {self.weights}", output)
         self.assertRegex(output, r"4 overlays in .*-predict: .* a second")
         grey = [f"confidence/{name}.png" for name in "abcd"]
         expected = sorted([*sizes, "d.jpeg", "confidence", *grey])
@@ -4597,14 +4582,17 @@ class Use(Program):
 
     def test_a_video_of_pixels_that_are_not_square_keeps_its_shape(self):
         turn = "-display_rotation 90 -i wide.mp4 -c copy"
+        paths, sizes = [], []
         for name, size, arguments in (
             ("wide.mp4", (128, 48), "video:10:1 -vf setsar=4/3"),
             ("ntsc.mp4", (114, 48), "video:10:1 -vf setsar=32/27"),  # 113.8
             ("upright.mp4", (36, 96), turn),  # a pixel is 3/4 as wide as high by then
         ):
-            path = self.ffmpeg(name, arguments)
-            self.assertEqual(self.use("--predict", path)[0], 0)
-            data, *frames = imageio_ffmpeg.read_frames(str(self.out() / name))
+            paths.append(self.ffmpeg(name, arguments))
+            sizes.append(size)
+        self.assertEqual(self.use("--predict", *paths)[0], 0)
+        for path, size in zip(paths, sizes):
+            data, *frames = imageio_ffmpeg.read_frames(str(self.out() / path.name))
             self.assertEqual((data["size"], len(frames)), (size, 10))
 
     def test_a_video_that_cannot_be_written_leaves_the_others(self):
