@@ -4484,11 +4484,9 @@ class Use(Program):
         self.assertEqual(list((self.folder / "out").rglob("*.mp4")), [])
 
     def test_a_trimmed_video_has_the_frames_that_it_shows(self):
-        whole = self.video(self.folder / "whole.mp4", rate=10, count=60)
-        path = self.folder / "trimmed.mp4"
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error"]
-        command += ["-ss", "1.8", "-i", whole, "-t", "1", "-c", "copy", path]
-        subprocess.run(command, check=True)  # from 1.0 s on, the key frame before
+        self.video(self.folder / "whole.mp4", rate=10, count=60)
+        # from 1.0 s on, the key frame before
+        path = self.ffmpeg("trimmed.mp4", "-ss 1.8 -i whole.mp4 -t 1 -c copy")
         count = sum(1 for _ in imageio_ffmpeg.read_frames(str(path))) - 1
         self.assertTrue(9 <= count <= 13)
         self.assertEqual(self.use("--predict", path)[0], 0)
@@ -4624,11 +4622,8 @@ class Use(Program):
         os.close(inbox)
 
     def test_a_video_of_varying_rate_keeps_its_length(self):
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi"]
-        command += ["-i", "testsrc=size=96x48:rate=1000:duration=3", "-fps_mode", "vfr"]
-        path = self.folder / "drive.webm"
         select = "select='not(mod(n,100))*lt(n,1500)+not(mod(n,250))'"
-        subprocess.run([*command, "-vf", select, path], check=True)
+        path = self.ffmpeg("drive.webm", f"video:1000:3 -fps_mode vfr -vf {select}")
         expected = imageio_ffmpeg.count_frames_and_secs(str(path))
         self.assertEqual(self.use("--predict", path)[0], 0)
         ours = imageio_ffmpeg.count_frames_and_secs(str(self.out() / "drive.mp4"))
@@ -4821,11 +4816,10 @@ def a_record(**changes):
     return record | changes
 
 
-class Folder(unittest.TestCase):
+class Folder(Case):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name) / "runs" / "20261124-130005"
+        super().setUp()
+        self.folder = self.folder / "runs" / "20261124-130005"
         self.folder.mkdir(parents=True)
 
     def picture(self, name):
