@@ -7,6 +7,7 @@ a run uses them.
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import errno
@@ -707,6 +708,10 @@ def prepare_device(precision="auto", xla=False, deterministic=False, batch_size=
         precision = "bfloat16" if compute_capability() >= (8, 0) else "float32"
     mixed = "" if precision == "float32" else "mixed_"
     keras.config.set_dtype_policy(mixed + precision)
+    if mixed and not gpus and hasattr(ctypes.pythonapi, "mallopt"):
+        # oneDNN's convolutions for AMX read memory that nobody wrote, where NaN may
+        # stand: have glibc fill with zeros what it hands out (M_PERTURB).
+        ctypes.pythonapi.mallopt(-6, 255)
     device = Device(precision=precision, workers=workers, strategy=strategy)
     device.name = f"CPU, {count_of(CORES, 'core')}"
     if gpus:

@@ -598,7 +598,7 @@ def fetch(pending, step, batches):
             raise ProgramError(
                 f"step {row + 1} gave {value.tolist()} (loss, L2, gradient norm) on "
                 f"{', '.join(batches.files(row))}: look at these, or lower "
-                "--learning-rate; where a resume gets past it, it was the machine"
+                "--learning-rate; where a resume gets past it, neither was the cause"
             )
     return values
 

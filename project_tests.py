@@ -15,6 +15,7 @@ import base64
 import collections
 import contextlib
 import copy
+import ctypes
 import errno
 import fcntl
 import functools
@@ -4081,6 +4082,24 @@ class Devices(Program):
         self.assert_refused(
             2, "--precision", "int8", said="--precision: invalid choice: 'int8'"
         )
+
+    @unittest.skipUnless(hasattr(ctypes.pythonapi, "mallopt"), "only glibc has it")
+    def test_half_precision_on_a_cpu_finds_its_memory_zeroed(self):
+        self.addCleanup(keras.config.set_dtype_policy, "float32")
+        libc, size = ctypes.PyDLL(None), 5000
+        libc.malloc.restype = ctypes.c_void_p
+        libc.free.argtypes = [ctypes.c_void_p]
+        self.addCleanup(libc.mallopt, -6, 0)
+        for precision in "float32", "bfloat16", "float16":
+            libc.mallopt(-6, 0)
+            self.device(precision=precision)
+            for _ in range(2):  # the second time it was used before
+                blocks = [libc.malloc(size) for _ in range(40)]
+                dirty = any(any(ctypes.string_at(block, size)) for block in blocks)
+                for block in blocks:
+                    ctypes.memset(block, 0x7F, size)
+                    libc.free(block)
+            self.assertEqual(dirty, precision == "float32", precision)
 
     def test_xla_is_left_out_where_it_does_not_work(self):
         settings = "--xla", "--precision", "float32", "--epochs"
