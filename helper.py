@@ -419,9 +419,8 @@ def written(path, flush=False, alone=True):
         part = path.with_name(f".part.{zlib.crc32(os.fsencode(path.name)):08x}")
 
     def clear():
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
+        remove_folder(part)
+        part.unlink(missing_ok=True)  # what is no folder
 
     clear()
     try:
@@ -803,17 +802,16 @@ def free_memory():
     with contextlib.suppress(OSError, TypeError):  # where it does not say
         text = Path("/proc/meminfo").read_text()
         limits.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1]))
-    names = []  # of the groups of a batch job; a container's is the root
+    group = Path("/sys/fs/cgroup")  # a container's; a batch job's is in there
     with contextlib.suppress(OSError, TypeError):
         text = Path("/proc/self/cgroup").read_text()
-        names = re.search("^0::/(.*)$", text, re.MULTILINE)[1].split("/")
-    for depth in range(len(names) + 1):
-        group = Path("/sys/fs/cgroup").joinpath(*names[:depth])
+        group /= re.search("^0::/(.*)$", text, re.MULTILINE)[1]
+    for folder in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-            used = int((group / "memory.current").read_text())
-            kinds = (group / "memory.stat").read_text()
+            used = int((folder / "memory.current").read_text())
+            kinds = (folder / "memory.stat").read_text()
             cached = re.findall(r"^(?:in)?active_file (\d+)$", kinds, re.MULTILINE)
-            limit = int((group / "memory.max").read_text())
+            limit = int((folder / "memory.max").read_text())
             limits.append(limit - used + sum(map(int, cached)))
     return min(limits)
 
@@ -1286,11 +1284,11 @@ class Split(NamedTuple):
         files = [path for sample in self.training + self.holdout for path in sample]
         names = "\n".join(path.name for path in [*files, *self.test])
         total = hashlib.sha256(names.encode(errors="surrogateescape"))
-        contents = ahead(file_digest, files)
-        bar = tqdm(contents, "checksums", len(files), unit="file", disable=None)
-        contents = list(bar)
-        total.update(b"".join(contents))
-        images = [content.hex()[:16] for content in contents[::2]]
+        digests = ahead(file_digest, files)
+        bar = tqdm(digests, "checksums", len(files), unit="file", disable=None)
+        digests = list(bar)
+        total.update(b"".join(digests))
+        images = [digest.hex()[:16] for digest in digests[::2]]
         trained = len(self.training)
         return Digests(total.hexdigest()[:16], images[:trained], images[trained:])
 
@@ -1570,7 +1568,7 @@ class Decoded:
         self.pixels[row] = [np.count_nonzero(label == each) for each in (0, 1)]
 
 
-AHEAD = 8  # batches that are made before their step
+BATCHES_AHEAD = 8  # that are made before their step
 LINGERING = []  # several replicas' iterator: its end may take minutes, and can wait
 
 
@@ -1633,7 +1631,7 @@ class Batches:
             def of_index(index):
                 return part(index // local, first + index % local)
 
-            parts = indices(local).map(of_index, num_parallel_calls=AHEAD)
+            parts = indices(local).map(of_index, num_parallel_calls=BATCHES_AHEAD)
             return self.prefetched(parts)
 
         return self.device.strategy.distribute_datasets_from_function(on_worker)
@@ -2557,20 +2555,20 @@ def leave_if_finished(run_dir):
     return finished
 
 
-def command(flag, path, rest=""):
+def command(flag, path):
     """Return a command line of this program, ready to be typed."""
-    return f"python main.py {flag} {shlex.quote(str(path))}{rest}"
+    return f"python main.py {flag} {shlex.quote(str(path))}"
 
 
 def train_on(run_dir, record):
     """Return the command line that trains on from a run's weights, on its data."""
-    config, rest = record["config"], ""
+    config, line = record["config"], command("--weights", run_dir)
     if config.get("demo"):
-        rest += " --demo"
+        line += " --demo"
     data_dir = Path(config.get("data_dir", "data"))
     if data_dir.absolute() != Path("data").absolute():
-        rest += f" --data-dir {shlex.quote(str(data_dir))}"
-    return command("--weights", run_dir, rest)
+        line += f" --data-dir {shlex.quote(str(data_dir))}"
+    return line
 
 
 def flattery(record):
@@ -2951,7 +2949,7 @@ class Run:
         images = count_of(len(self.split.test), "segmented test image")
         print(f"{images} and the weights are in {self.path}")
         print(f"look at {self.path / 'index.html'}")
-        print(f"your own: {command('--weights', self.path, ' --predict PATH ...')}")
+        print(f"your own: {command('--weights', self.path)} --predict PATH ...")
         print(f"train on: {train_on(self.path, self.record)}")
 
     def fail(self, error):
@@ -3013,8 +3011,11 @@ def write_run(run_dir, text):
 def write_overview(runs_dir):
     """Write the page on all runs."""
     path = runs_dir / "index.html"
-    with decoration(path), written(path, alone=False) as part:
-        part.write_text(overview(runs_dir), "utf-8")
+    with decoration(path):
+        if path.exists() and b"<title>Runs</title>" not in path.read_bytes():
+            return  # a page of the user's own
+        with written(path, alone=False) as part:
+            part.write_text(overview(runs_dir), "utf-8")
 
 
 def epoch_line(record, epochs):
@@ -3064,7 +3065,8 @@ def find_weights(path):
         )
     if not found.name.endswith(".weights.h5"):
         raise ProgramError(
-            f"{found}: Keras reads names in .weights.h5 alone: rename it"
+            f"{found}: not a .weights.h5 file: name a run's folder or its {WEIGHTS}; "
+            "VGG-16 goes with --vgg"
         )
     return found
 
@@ -3124,10 +3126,8 @@ def find_checkpoints(run_dir):
     """
     found = (run_dir / CHECKPOINTS).glob("ckpt-*.index")
     paths = [path.with_suffix("") for path in found]
-    return sorted(
-        (path for path in paths if re.fullmatch(r"ckpt-\d+", path.name)),
-        key=checkpoint_number,
-    )
+    numbered = [path for path in paths if re.fullmatch(r"ckpt-\d+", path.name)]
+    return sorted(numbered, key=checkpoint_number)
 
 
 def checkpoint_number(path):
@@ -3438,9 +3438,7 @@ def recall_chart(curves, kinds):
         name = f"{kind}, dot at {measures['threshold']:.1f} %"
         lines[name] = [point for point in curves[kind] if point[0] > 0]
         marks.append((measures["REC"], measures["PRE"], name, name))
-    worst = min(
-        value for recall, precision, *_ in marks for value in (recall, precision)
-    )
+    worst = min(min(recall, precision) for recall, precision, *_ in marks)
     low = max(100 - 3 * max(100 - worst, 1), 0)  # the marks in the middle
     axis = value_axis((low, 100))
     title = "Precision (up) and recall, percent"
@@ -3662,7 +3660,8 @@ def overview_row(path):
         state = "stopped"  # by a kill or a power cut, which its record cannot know
     measures, _ = latest_measures(record)
     unsure = "" if "AP" in measures else "~"
-    done, vgg = len(record["history"]), {"downloaded": "VGG-16"}
+    done = len(record["history"])
+    start = config.get("weights") or config["vgg"]
     changed = [name for name in differing(record) if name not in NO_REMARK]
     changed = [f"{shown(name)} {shown(config[name])}" for name in changed]
     if measures and flattery(record):
@@ -3676,7 +3675,7 @@ def overview_row(path):
         shown(done if done == config["epochs"] else f"{done} of {config['epochs']}"),
         shown(config["batch_size"]),
         shown(f"{config['image_height']}x{config['image_width']}"),
-        shown(config.get("weights") or vgg.get(config["vgg"], config["vgg"])),
+        shown("VGG-16" if start == "downloaded" else start),
         clock(record["seconds"]),
         ", ".join(changed),
     ]

@@ -57,7 +57,7 @@ class Range(NamedTuple):
         )
 
 
-SIDE = Range(32, 65472, step=32)  # progress.gif ends at 65,535
+SIDE = Range(32, 65504, step=32)  # progress.gif ends at 65,535
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 
 
@@ -578,12 +578,8 @@ def evaluate(model, batches, device=None):
     if not np.isfinite(loss):
         raise ProgramError(f"the hold-out loss is {loss}: lower --learning-rate")
     measures = helper.scores(histogram)
-    return {
-        "holdout_loss": loss / max(histogram.sum(), 1),
-        "MaxF": measures["MaxF"],
-        "IoU": measures["IoU"],
-        "accuracy": measures["accuracy"],
-    }
+    kept = {name: measures[name] for name in ("MaxF", "IoU", "accuracy")}
+    return {"holdout_loss": loss / max(histogram.sum(), 1)} | kept
 
 
 def fetch(pending, step, batches):
@@ -629,8 +625,13 @@ def train_nn(
         end = epoch * steps
         pending, totals = [], state.totals.numpy()
         since = time.perf_counter()
-        with tqdm(None, f"epoch {epoch}", steps, leave=False, disable=None) as bar:
-            bar.update(step - end + steps)
+        with tqdm(
+            desc=f"epoch {epoch}",
+            total=steps,
+            initial=step - end + steps,
+            leave=False,
+            disable=None,
+        ) as bar:
             while step < end:
                 pending.append(train_step(*next(upcoming)))
                 step += 1

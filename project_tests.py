@@ -1979,6 +1979,25 @@ class TrainNn(Case):
         ours = [record[name] for name in ("loss", "l2", "gradient_norm")]
         self.assertEqual(ours, [1, 1, 1])
 
+    def test_the_bar_goes_on_from_the_restored_step(self):
+        bars, plain = [], main.tqdm
+
+        def bar(*args, **kwargs):
+            shown = {"disable": False, "file": io.StringIO()}
+            bars.append(plain(*args, **kwargs | shown))
+            return bars[-1]
+
+        self.patch(main, "tqdm", bar)
+        values = np.ones((20, 3), np.float32)
+        self.train(values, epochs=0)
+        self.state.step.assign(15)
+        self.state.epoch.assign(1)
+        self.train_on(values, epochs=2, steps=10)
+        # tqdm's speed is that of what came after `initial`
+        self.assertEqual(
+            [(bar.initial, bar.n, bar.total) for bar in bars], [(5, 10, 10)]
+        )
+
     def test_a_loss_that_is_not_finite_stops_it_with_its_own_step(self):
         values = np.ones((20, 3), np.float32)
         values[13, 0] = np.nan
@@ -2892,7 +2911,9 @@ class Score(Program):
         self.assert_refused(1, *arguments, said="FCN-8s .*not finite")
         shutil.copy(weights, self.folder / "x.keras")
         arguments = *arguments[:-1], self.folder / "x.keras"
-        self.assert_refused(1, *arguments, said="x.keras: Keras reads names in")
+        self.assert_refused(
+            1, *arguments, said="x.keras: not a .weights.h5 file: name .*--vgg"
+        )
 
     def test_a_category_without_road_has_no_score_of_its_own(self):
         for path in self.folder.glob("data/data_road/training/gt_image_2/uu_*.png"):
@@ -5196,6 +5217,17 @@ class Overview(Folder):
         self.assertEqual(links[2], "20261124-130005/index.html")
         self.assertEqual(len(page.all("td")), 3 * len(page.all("th")))
         self.assertIn(helper.MEASURES["MaxF"], page.text)
+
+    def test_a_page_of_the_users_own_stays(self):
+        page = self.folder.parent / "index.html"
+        page.write_text("my own")
+        helper.write_overview(page.parent)
+        self.assertEqual(page.read_text(), "my own")
+        page.unlink()
+        for name in "first", "second":
+            self.write(name, a_record())
+            helper.write_overview(page.parent)
+            self.assertIn(f"{name}/index.html", page.read_text())
 
     def test_a_run_that_was_killed_is_not_called_running(self):
         record = a_record(state="running")
