@@ -3573,6 +3573,7 @@ class Failures(Case):
                     tf.distribute, "MirroredStrategy", return_value=ONE
                 ) as mirrored,
                 mock.patch.object(helper, "check_gpu") as check,
+                mock.patch.object(helper.ctypes, "pythonapi") as libc,
                 contextlib.redirect_stdout(io.StringIO()) as output,
             ):
                 device = helper.prepare_device(batch_size=batch_size)
@@ -3585,6 +3586,7 @@ class Failures(Case):
             self.assertEqual(mirrored.call_count, count > 1)
             weakest = "float32" if count == 3 else "bfloat16"
             self.assertEqual(device.precision, weakest)
+            libc.mallopt.assert_not_called()  # zeroed memory is for CPUs
             idle = "leaves 2 devices of 3 idle" in output.getvalue()
             self.assertEqual(idle, batch_size == 1)
 
