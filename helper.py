@@ -709,8 +709,9 @@ def prepare_device(precision="auto", xla=False, deterministic=False, batch_size=
     keras.config.set_dtype_policy(mixed + precision)
     if mixed and not gpus and hasattr(ctypes.pythonapi, "mallopt"):
         # oneDNN's convolutions for AMX read memory that nobody wrote, where NaN may
-        # stand: have glibc fill with zeros what it hands out (M_PERTURB).
-        ctypes.pythonapi.mallopt(-6, 255)
+        # stand: have glibc get all from 128 KB on (M_MMAP_THRESHOLD) from the kernel,
+        # which zeroes it.
+        ctypes.pythonapi.mallopt(-3, 2**17)
     device = Device(precision=precision, workers=workers, strategy=strategy)
     device.name = f"CPU, {count_of(CORES, 'core')}"
     if gpus:

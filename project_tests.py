@@ -15,7 +15,6 @@ import base64
 import collections
 import contextlib
 import copy
-import ctypes
 import errno
 import fcntl
 import functools
@@ -3586,7 +3585,7 @@ class Failures(Case):
             self.assertEqual(mirrored.call_count, count > 1)
             weakest = "float32" if count == 3 else "bfloat16"
             self.assertEqual(device.precision, weakest)
-            libc.mallopt.assert_not_called()  # zeroed memory is for CPUs
+            libc.mallopt.assert_not_called()  # as on CPUs
             idle = "leaves 2 devices of 3 idle" in output.getvalue()
             self.assertEqual(idle, batch_size == 1)
 
@@ -4106,23 +4105,19 @@ class Devices(Program):
             2, "--precision", "int8", said="--precision: invalid choice: 'int8'"
         )
 
-    @unittest.skipUnless(hasattr(ctypes.pythonapi, "mallopt"), "only glibc has it")
-    def test_half_precision_on_a_cpu_finds_its_memory_zeroed(self):
+    def test_half_precision_on_a_cpu_gets_large_memory_from_the_kernel(self):
         self.addCleanup(keras.config.set_dtype_policy, "float32")
-        libc, size = ctypes.PyDLL(None), 5000
-        libc.malloc.restype = ctypes.c_void_p
-        libc.free.argtypes = [ctypes.c_void_p]
-        self.addCleanup(libc.mallopt, -6, 0)
-        for precision in "float32", "bfloat16", "float16":
-            libc.mallopt(-6, 0)
-            self.device(precision=precision)
-            for _ in range(2):  # the second time it was used before
-                blocks = [libc.malloc(size) for _ in range(40)]
-                dirty = any(any(ctypes.string_at(block, size)) for block in blocks)
-                for block in blocks:
-                    ctypes.memset(block, 0x7F, size)
-                    libc.free(block)
-            self.assertEqual(dirty, precision == "float32", precision)
+        threshold = mock.call(-3, 128 * 1024)  # glibc's M_MMAP_THRESHOLD
+        for precision, expected in (
+            ("float32", []),
+            ("bfloat16", [threshold]),
+            ("float16", [threshold]),
+        ):
+            with mock.patch.object(helper.ctypes, "pythonapi") as libc:
+                self.device(precision=precision)
+            self.assertEqual(libc.mallopt.mock_calls, expected, precision)
+        with mock.patch.object(helper.ctypes, "pythonapi", object()):  # no glibc
+            self.assertIn(", bfloat16\n", self.device(precision="bfloat16"))
 
     def test_xla_is_left_out_where_it_does_not_work(self):
         settings = "--xla", "--precision", "float32", "--epochs"
