@@ -170,7 +170,7 @@ def parse(argv):
     parser = settings_parser()
     fields = [field.name for field in dataclasses.fields(Config)]
     unset = argparse.Namespace(**dict.fromkeys(fields))
-    parsed = vars(parser.parse_args(argv, unset))
+    parsed = vars(parser.parse_args(argv, unset))  # to see what is given
     given = {name for name, value in parsed.items() if value is not None}
     if "demo" in given:
         parser.set_defaults(**DEMO)
@@ -264,9 +264,10 @@ class FullyConnected(keras.layers.Conv2D):
         x = tf.pad(x, ((0, 0), (0, 0), (half, half), (0, 0)))
         x = tf.concat([x[:, :, c : c + width] for c in range(side)], axis=-1)
         y = 0.0
-        for row, kernel in enumerate(tf.unstack(self.kernel), start=-half):
-            above = tf.minimum(max(-row, 0), height)  # of y: these see padding alone
-            below = tf.minimum(max(row, 0), height)
+        for offset, kernel in enumerate(tf.unstack(self.kernel), start=-half):
+            # y's row i sees x's row i + offset; these of y see padding alone:
+            above = tf.minimum(max(-offset, 0), height)
+            below = tf.minimum(max(offset, 0), height)
             kernel = tf.reshape(kernel, (-1, self.filters))
             seen = tf.reshape(x[:, below : height - above], (-1, kernel.shape[0]))
             part = tf.reshape(product(seen, kernel), (batch, -1, width, self.filters))
@@ -363,7 +364,7 @@ def layers(layer3_out, layer4_out, layer7_out, num_classes, l2=0.001):
     # The early activations are scaled down, so that fc7 leads and they refine. The
     # authors' net that trains all skips at once has 0.0001 and 0.01, for a loss that is
     # a sum over pixels; beside a mean, L2 would keep pool3 out: a place of it has a norm
-    # of 290, so that a logit of 1 would cost 1.2 nats.
+    # of 290, so that at 0.0001 a logit of 1 takes |w|^2 = 1189, which costs 1.2 nats.
     layer3_out *= POOL3_SCALE
     layer4_out *= POOL4_SCALE
     x = score(layer7_out, "fc7")  # (B, H/32, W/32, C)
@@ -502,10 +503,10 @@ class TrainStep:
         sums = [loss, l2, *tape.gradient(total, variables)]
         loss, l2, *gradients = replica.all_reduce("SUM", sums, options=PACKS)
         # Keras would clip before the sum, each replica for itself
-        scale = self.optimizer.scale_loss(1.0)
-        gradients, norm = tf.clip_by_global_norm(gradients, scale)
+        loss_scale = self.optimizer.scale_loss(1.0)  # which the gradients carry
+        gradients, norm = tf.clip_by_global_norm(gradients, loss_scale)
         self.optimizer.apply(gradients, variables)
-        norm /= scale
+        norm /= loss_scale
         if self.device.precision == "float16":
             norm = tf.where(tf.math.is_finite(norm), norm, 0)
         return tf.stack([loss, l2, norm])
@@ -656,7 +657,8 @@ def train_nn(
                 bar.set_postfix(loss=f"{values[-1][0]:.4f}")
                 if stopping:
                     return
-        loss, l2, norm = totals[:3] / totals[4]  # not all steps, after an interrupt
+        # over fewer steps where a notebook was interrupted
+        loss, l2, norm = totals[:3] / totals[4]
         record = {
             "epoch": epoch,
             "step": step,
