@@ -3013,8 +3013,10 @@ def write_overview(runs_dir):
     """Write the page on all runs."""
     path = runs_dir / "index.html"
     with decoration(path):
-        if path.exists() and b"<title>Runs</title>" not in path.read_bytes():
-            return  # a page of the user's own
+        found = path.read_bytes() if path.exists() else b""
+        # a power cut may leave nothing of it, or zeros; all else is the user's own
+        if found.strip(b"\0") and b"<title>Runs</title>" not in found:
+            return
         with written(path, alone=False) as part:
             part.write_text(overview(runs_dir), "utf-8")
 

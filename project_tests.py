@@ -3585,7 +3585,7 @@ class Failures(Case):
             self.assertEqual(mirrored.call_count, count > 1)
             weakest = "float32" if count == 3 else "bfloat16"
             self.assertEqual(device.precision, weakest)
-            libc.mallopt.assert_not_called()  # as on CPUs
+            libc.mallopt.assert_not_called()  # that is for CPUs
             idle = "leaves 2 devices of 3 idle" in output.getvalue()
             self.assertEqual(idle, batch_size == 1)
 
@@ -5225,6 +5225,10 @@ class Overview(Folder):
             self.write(name, a_record())
             helper.write_overview(page.parent)
             self.assertIn(f"{name}/index.html", page.read_text())
+        for rest in b"", bytes(5000):  # what a power cut may leave of our own
+            page.write_bytes(rest)
+            helper.write_overview(page.parent)
+            self.assertIn("second/index.html", page.read_text())
 
     def test_a_run_that_was_killed_is_not_called_running(self):
         record = a_record(state="running")
