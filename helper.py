@@ -52,7 +52,6 @@ class ProgramError(Exception):
 
 
 ASKED_TO_SPEAK = "TF_CPP_MIN_LOG_LEVEL" in os.environ  # by the user
-REMARKS = []  # what TensorFlow said of itself, for when a GPU cannot be used
 
 
 def open_standard_streams():
@@ -88,8 +87,6 @@ def quietly():
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            said.seek(0)
-            REMARKS.append(said.read().decode(errors="replace"))
 
 
 try:
@@ -676,18 +673,23 @@ class Device:
             )
 
 
-def prepare_device(precision="auto", xla=False, deterministic=False, batch_size=1):
+# Of a batch for each GPU of one machine, at least: summing 0.5 GB of gradients over
+# them takes as long as about 8 images of 160x576 (by arithmetic: none could be had).
+PIXELS_PER_GPU = 8 * 160 * 576
+
+
+def prepare_device(precision="auto", xla=False, deterministic=False, batch=(1, 1, 1)):
     """Return the Device, with the precision set for all that is built from here on.
 
     To be called before any use of a device. `precision` "auto" is bfloat16 on GPUs that
-    compute with it, float32 elsewhere. On one machine a GPU without an image of the
-    batch would only be waited for: it stays out. Speaks of one that TensorFlow cannot
-    use.
+    compute with it, float32 elsewhere. On one machine as many GPUs work as a `batch`,
+    (B, H, W), keeps busy. Speaks of one that TensorFlow cannot use.
     """
     with quietly():
         gpus = tf.config.list_physical_devices("GPU")
         if "TF_CONFIG" not in os.environ:
-            gpus = gpus[:batch_size]
+            busy = math.prod(batch) // PIXELS_PER_GPU
+            gpus = gpus[: min(max(busy, 1), batch[0])]
             tf.config.set_visible_devices(gpus, "GPU")
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
@@ -698,11 +700,9 @@ def prepare_device(precision="auto", xla=False, deterministic=False, batch_size=
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     there = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
     if there and not gpus and not hidden:
-        print(*REMARKS, sep="", end="", file=sys.stderr)
         print("TensorFlow cannot use the NVIDIA GPU, so the CPU works. To mend it: pip")
-        print(
-            "install -r requirements.txt in a new environment; nvidia-smi lists the GPU"
-        )
+        print("install -r requirements.txt in a new environment; nvidia-smi lists the")
+        print("GPU, and TF_CPP_MIN_LOG_LEVEL=0 in front of the command says what lacks")
     if precision == "auto":
         precision = "bfloat16" if compute_capability() >= (8, 0) else "float32"
     mixed = "" if precision == "float32" else "mixed_"
@@ -722,6 +722,9 @@ def prepare_device(precision="auto", xla=False, deterministic=False, batch_size=
     shared = f", {device.replicas} replicas" if device.replicas > 1 else ""
     shared += f" on {workers} workers" if workers > 1 else ""
     print(device.name + shared, precision + (", XLA" if device.xla else ""), sep=", ")
+    if compute_capability() >= (10, 0):  # it comes without code for Blackwell
+        print("TensorFlow's kernels are compiled for this GPU at their first use: that")
+        print("may take half an hour, once")
     for number in range(len(gpus)):  # said before: a library may end the program here
         check_gpu(number)
     if xla and not device.xla:
@@ -735,14 +738,14 @@ def prepare_device(precision="auto", xla=False, deterministic=False, batch_size=
 def check_gpu(number):
     """Raise ProgramError unless a GPU computes by cuDNN and by TensorFlow's kernels.
 
-    That needs libraries that fit, and for newer GPUs a driver that can compile the
-    kernels; what does not fit would end a run that has begun.
+    That needs libraries that fit, and a driver that can compile the kernels; what does not fit would end a run that has begun.
     """
     try:
         with tf.device(f"GPU:{number}"):
             x = 2 * tf.cast(tf.ones((1, 8, 8, 4), tf.uint8), tf.float32)
             x = tf.nn.conv2d(x, tf.ones((3, 3, 4, 4)), 1, "SAME")
             x = tf.nn.max_pool2d(x, 2, 2, "SAME")
+            x = tf.pow(x, 0.5)  # TensorFlow compiles this kernel at its first use
         x.numpy()
         reason = "" if "GPU" in x.device else "it does not know this kind"
     except tf.errors.OpError as error:
@@ -1453,12 +1456,13 @@ def check_tests(tests, folder, submission):
 def check_batch_size(batch_size, training, replicas):
     """Raise ProgramError where there are fewer training images than `batch_size`.
 
-    Says so where there are more replicas or GPUs.
+    Says so where some replicas or GPUs have nothing of it to do.
     """
     devices = max(replicas, len(tf.config.list_physical_devices("GPU")))
-    if batch_size < devices:
-        idle = count_of(devices - batch_size, "device")
-        print(f"--batch-size {batch_size} leaves {idle} of {devices} idle: raise it")
+    idle = devices - min(replicas, batch_size)
+    if idle:
+        left = f"{count_of(idle, 'device')} of {devices} idle"
+        print(f"--batch-size {batch_size} leaves {left}: a larger one uses more")
     if batch_size > len(training):
         raise ProgramError(
             f"--batch-size {batch_size} is more than the "

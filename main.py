@@ -638,7 +638,7 @@ def train_nn(
                 step += 1
                 now = time.perf_counter()
                 stopping = stop.is_set()
-                # The device is waited for once a second, not at every step.
+                # The results are waited for once a second, not at every step.
                 due = now - since > 1 or step <= timed or step == end or stopping
                 if not due:
                     continue
@@ -733,8 +733,9 @@ def run(config):
     if config.resume and helper.leave_if_finished(config.resume):
         return
     helper.check_place(config)
+    batch = config.batch_size, *config.image_shape
     device = helper.prepare_device(
-        config.precision, config.xla, config.deterministic, config.batch_size
+        config.precision, config.xla, config.deterministic, batch
     )
     keras.utils.set_random_seed(config.seed)
     split, vgg_path = prepare(config)
