@@ -65,7 +65,7 @@ def open_standard_streams():
 
 @contextlib.contextmanager
 def quietly():
-    """Keep what TensorFlow writes to stderr of itself, unless something fails inside.
+    """Hold back what TensorFlow writes of itself, unless something fails inside.
 
     It does so before its log has a level, so TF_CPP_MIN_LOG_LEVEL does not help.
     """
@@ -722,9 +722,8 @@ def prepare_device(precision="auto", xla=False, deterministic=False, batch=(1, 1
     shared = f", {device.replicas} replicas" if device.replicas > 1 else ""
     shared += f" on {workers} workers" if workers > 1 else ""
     print(device.name + shared, precision + (", XLA" if device.xla else ""), sep=", ")
-    if compute_capability() >= (10, 0):  # it comes without code for Blackwell
-        print("TensorFlow's kernels are compiled for this GPU at their first use: that")
-        print("may take half an hour, once")
+    if compute_capability() >= (10, 0):  # for Blackwell it brings no compiled code
+        print("compiling TensorFlow's kernels for this GPU, once: perhaps half an hour")
     for number in range(len(gpus)):  # said before: a library may end the program here
         check_gpu(number)
     if xla and not device.xla:
@@ -738,7 +737,8 @@ def prepare_device(precision="auto", xla=False, deterministic=False, batch=(1, 1
 def check_gpu(number):
     """Raise ProgramError unless a GPU computes by cuDNN and by TensorFlow's kernels.
 
-    That needs libraries that fit, and a driver that can compile the kernels; what does not fit would end a run that has begun.
+    That needs libraries that fit, and a driver that can compile the kernels; what does
+    not fit would end a run that has begun.
     """
     try:
         with tf.device(f"GPU:{number}"):
