@@ -4014,7 +4014,7 @@ class Devices(Program):
             mock.patch.object(helper, "Predictor", predictors),
         ):
             self.assertEqual(self.main(*self.settings)[0], 0)
-        self.assertEqual(prepare.call_args.args[3], 5)  # the batch size
+        self.assertEqual(prepare.call_args.args[3], (5, 32, 96))  # the batch
         ((_, _, batch_size),) = (each.args for each in predictors.call_args_list)
         self.assertEqual(batch_size, 2)  # of 5: it has one device
         self.assert_same(self.outcome(self.run_dirs()[-1]), one, 2, 1)
@@ -4125,12 +4125,6 @@ class Devices(Program):
             self.assertEqual(libc.mallopt.mock_calls, expected, precision)
         with mock.patch.object(helper.ctypes, "pythonapi", object()):  # no glibc
             self.assertIn(", bfloat16\n", self.device(precision="bfloat16"))
-
-    def test_the_devices_are_chosen_for_the_batch(self):
-        prepare = mock.Mock(side_effect=KeyboardInterrupt)  # enough
-        self.patch(helper, "prepare_device", prepare)
-        self.main("--batch-size", 16, "--image-width", 192)
-        prepare.assert_called_once_with("auto", False, False, (16, 32, 192))
 
     def test_where_the_kernels_have_to_be_compiled_it_is_said(self):
         for capability, compiled in ((9, 0), False), ((10, 0), True), ((12, 0), True):
