@@ -723,7 +723,7 @@ def prepare_device(precision="auto", xla=False, deterministic=False, batch=(1, 1
     shared += f" on {workers} workers" if workers > 1 else ""
     print(device.name + shared, precision + (", XLA" if device.xla else ""), sep=", ")
     if compute_capability() >= (10, 0):  # for Blackwell it brings no compiled code
-        print("compiling TensorFlow's kernels for this GPU, once: perhaps half an hour")
+        print("its first start compiles TensorFlow's kernels: perhaps half an hour")
     for number in range(len(gpus)):  # said before: a library may end the program here
         check_gpu(number)
     if xla and not device.xla:
