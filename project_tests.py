@@ -1521,7 +1521,7 @@ class LoadVgg(Case):
         both = [encoder.get_layer(name).output for name in ("fc1", "fc2")]
         for y in keras.Model(image_input, both)(self.image):
             self.assertTrue(0.3 < y.numpy().std() < 3)
-        kernel = keras.Model(image_input, pools[2]).get_layer("block3_conv2").kernel
+        kernel = encoder.get_layer("block3_conv2").kernel
         self.assertAlmostEqual(float(np.std(kernel)), (2 / 9 / 256) ** 0.5, delta=1e-3)
 
     def test_a_file_that_does_not_fit_is_named(self):
@@ -2529,8 +2529,7 @@ class Run(Program):
         image_input, *pools = small_vgg("random", keep_prob=0.7)
         logits = main.layers(*pools, num_classes=2, l2=0.05)
         model = keras.Model(image_input, logits)
-        schedule = main.warm_up_and_cosine(0.01, epochs=2, steps=3)
-        train_step, state = main.optimize(model, schedule, vgg_factor=0.3, seed=7)
+        train_step, state = optimize(model, 0.01, 0.003, epochs=2, steps=3, seed=7)
         split = helper.find_images(self.folder / "data")
         get_batches_fn = helper.gen_batch_function(split.training, (32, 96), seed=7)
         records = []
@@ -2922,6 +2921,8 @@ class Score(Program):
         self.assertTrue((moved / "kept").is_dir())
         self.assertFalse(link.is_symlink())
         self.assertTrue((link / "new").is_dir())
+
+    def test_what_is_built_has_a_name_that_fits_and_is_ones_own(self):
         long = self.folder / (250 * "n")  # .part. would make it too long
         with helper.written(long) as part:
             part.touch()
@@ -3998,11 +3999,7 @@ class Damaged(Program):
         }
         for name in parts:
             self.patch(helper, name, mock.Mock(side_effect=OSError(5, f"no {name}")))
-        ahead = self.patch(helper, "read_ahead", mock.Mock())
-        vgg = self.folder / "vgg.h5"
-        vgg.touch()
-        code, output, errors = self.main("--checkpoint-minutes", 0, "--vgg", vgg)
-        ahead.assert_called_once_with(str(vgg))
+        code, output, errors = self.main("--checkpoint-minutes", 0)
         self.assertEqual((code, errors), (0, ""))
         for name, part in parts.items():
             self.assertIn(f"without {part}: [Errno 5] no {name}\n", output)
@@ -4011,8 +4008,10 @@ class Damaged(Program):
         vgg = self.folder / "vgg.h5"
         vgg.touch()
         gone = mock.Mock(side_effect=OSError(5, "Input/output error"))
+        ahead = self.patch(helper, "read_ahead", mock.Mock())
         with mock.patch.object(helper, "score_holdout", gone):
             self.assert_line(self.main("--vgg", vgg), "Input/output error")
+        ahead.assert_called_once_with(str(vgg))
         vgg.unlink()
         history = self.record()["history"]
         said = "has been trained for all its 2 epochs: leave --epochs out, or train on"
@@ -4184,10 +4183,9 @@ class Devices(Program):
         command = self.command(*self.settings, *rare)
         # a signal to one of them stops both at the epoch's end, with a checkpoint
         ends = self.workers([0, 1], *command, signum=signal.SIGINT)
-        for end, (code, name) in zip(ends, [(143, "SIGTERM"), (130, "SIGINT")]):
-            self.assertEqual(
-                (end[0], own_lines(end[2])), (code, [f"stopped by {name}"])
-            )
+        said = [(code, own_lines(errors)) for code, _, errors in ends]
+        expected = [(143, ["stopped by SIGTERM"]), (130, ["stopped by SIGINT"])]
+        self.assertEqual(said, expected)
         run_dir = self.run_dirs()[-1]
         # the end of one ends the other
         chief, lost = self.workers([0, 4], "--resume", run_dir)
